@@ -1,0 +1,119 @@
+"""The cache directory: content-addressed entries, made once, whole or not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from pytest_kld.errors import CacheError
+from pytest_kld.files import sha256_of_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# A cache of pytest-kld. See https://bford.info/cachedir/\n"
+
+
+class Cache:
+    """Captures and scores under one root, each named by the digest of what determines it.
+
+    Complete entries appear by a rename, so that is what guarantees that nobody reads half of one. The lock only
+    saves the work of making the same entry twice.
+    """
+
+    def __init__(self, root: Path) -> None:
+        """Open the cache, making the directory where it is not there.
+
+        Raises:
+            CacheError: the directory cannot be made or written.
+        """
+        self.root = root
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            tag = root / "CACHEDIR.TAG"
+            probe = root / f".{uuid.uuid4().hex}.tmp"
+            probe.write_text(_TAG)
+            probe.replace(tag)
+        except OSError as error:
+            raise CacheError(
+                f"the cache directory {root} cannot be written: {error}. Choose another with --kld-cache-dir."
+            ) from error
+
+    def capture_entry(self, key: dict[str, Any]) -> Path:
+        """Return the directory of the capture with this key."""
+        return self.root / "captures" / sha256_of_json(key)[:32]
+
+    def scores_entry(self, key: dict[str, Any]) -> Path:
+        """Return the file of the scores with this key."""
+        return self.root / "scores" / f"{sha256_of_json(key)[:32]}.safetensors"
+
+    @contextmanager
+    def lock(self, entry: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+        """Hold the right to make an entry. The operating system frees it when the holder dies.
+
+        Args:
+            entry: the entry's path.
+            on_wait: called once when somebody else holds it, before waiting.
+        """
+        lock = FileLock(entry.with_name(f"{entry.name}.lock"))
+        try:
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                on_wait()
+                lock.acquire()
+        except OSError as error:
+            raise CacheError(f"cannot lock {entry}: {error}. Choose another --kld-cache-dir.") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def partial(self, entry: Path) -> Path:
+        """Return the directory in which an entry is being made; what an interrupted session left is found there."""
+        return entry.with_name(f"{entry.name}.partial")
+
+    def publish(self, entry: Path) -> None:
+        """Give a finished partial directory its entry's name."""
+        try:
+            self.partial(entry).replace(entry)
+        except OSError as error:
+            raise CacheError(f"cannot complete the cache entry {entry}: {error}") from error
+
+    def discard(self, entry: Path) -> None:
+        """Remove an entry and what an interrupted session left of it."""
+        for path in (entry, self.partial(entry)):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def require_free(self, needed_bytes: int, what: str) -> int:
+        """Return the free bytes of the disk.
+
+        Raises:
+            CacheError: fewer than needed; both are named.
+        """
+        free: int = shutil.disk_usage(self.root).free
+        if needed_bytes > free:
+            raise CacheError(
+                f"{what} needs {format_bytes(needed_bytes)} and {self.root} has {format_bytes(free)} free. Free some "
+                "disk space, choose another --kld-cache-dir, or fewer --kld-windows."
+            )
+        return free
+
+
+def format_bytes(number: float) -> str:
+    """Return a size in decimal units, as disks are sold and as file systems report it."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 1000:  # noqa: PLR2004
+            return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"

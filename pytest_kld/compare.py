@@ -1,0 +1,137 @@
+"""Comparing two captures: both sides' logits, block by block, through the kernel into Scores."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from pytest_kld import __version__
+from pytest_kld.capture import LogitsReader
+from pytest_kld.divergence import Reduction, compiled_reduction, divergence, eager_reduction
+from pytest_kld.errors import CaptureError
+from pytest_kld.scores import COLUMNS, SCHEMA, Scores
+
+if TYPE_CHECKING:
+    from pytest_kld.capture import Capture
+    from pytest_kld.config import HeadMode
+    from pytest_kld.progress import Progress
+    from pytest_kld.windows import Windows
+
+_BLOCK_ELEMENTS = 1 << 25
+"""Logits per side and block: 128 MiB in float32, whatever the number of windows."""
+_WORTH_COMPILING = 20_000_000_000
+"""Logits per side from which the compiled reduction saves more on a CPU than compiling costs (about 20 s)."""
+
+
+def compare(
+    reference: Capture,
+    candidate: Capture,
+    windows: Windows,
+    *,
+    head: HeadMode,
+    device: torch.device,
+    progress: Progress,
+) -> Scores:
+    """Compute the figures of every position of every window.
+
+    Args:
+        reference: the reference's capture.
+        candidate: the candidate's, of the same windows.
+        windows: those windows.
+        head: how logits are recomputed from hidden states.
+        device: where to compute.
+        progress: told of each window.
+
+    Raises:
+        CaptureError: the captures differ in token ids, a window is short, or an id lies outside the common
+            vocabulary.
+    """
+    vocab_size = min(reference.vocab_size, candidate.vocab_size)
+    _require_labels(vocab_size, windows, reference, candidate)
+    readers = [LogitsReader.of(capture, head, device) for capture in (reference, candidate)]
+    shape = (windows.count, windows.size)
+    columns = {name: np.empty(shape, dtype) for name, dtype in COLUMNS.items()}
+    columns["token_ids"][:] = windows.token_ids
+    reduction, kernel = _pick_reduction(windows.count * windows.size * vocab_size, device)
+    rows = max(1, _BLOCK_ELEMENTS // max(reference.vocab_size, candidate.vocab_size))
+    with progress.task(f"compare {candidate.name}", windows.count) as task:
+        for window in range(windows.count):
+            _require_same_ids(window, windows, reference, candidate)
+            labels = torch.from_numpy(np.append(windows.token_ids[window, 1:], -1)).to(device)
+            for start in range(0, windows.size, rows):
+                stop = min(start + rows, windows.size)
+                logits_r, logits_c = (reader.logits(window, start, stop) for reader in readers)
+                figures = divergence(logits_r, logits_c, labels[start:stop], reduction=reduction)
+                for field in fields(figures):
+                    columns[field.name][window, start:stop] = getattr(figures, field.name).numpy()
+            task.advance()
+    return Scores(columns=columns, about=_about(reference, candidate, windows, head, device, kernel, vocab_size))
+
+
+def scores_key(reference: Capture, candidate: Capture, windows: Windows, head: HeadMode) -> dict[str, Any]:
+    """Return what determines the scores of a pair, as JSON for the cache key."""
+    return {
+        "schema": SCHEMA,
+        "pytest_kld": __version__,
+        "reference": reference.digest,
+        "candidate": candidate.digest,
+        "token_ids_sha256": windows.digest,
+        "head": head,
+    }
+
+
+def _pick_reduction(elements: int, device: torch.device) -> tuple[Reduction, str]:
+    if device.type != "cpu" or elements < _WORTH_COMPILING:
+        return eager_reduction, "eager"
+    reduction = compiled_reduction()
+    try:
+        one = torch.zeros(1, 64)
+        reduction(one, one, one[:, 0], one[:, 0])
+    except Exception:  # noqa: BLE001 (whatever a missing or old C++ compiler raises; the same figures come out, later)
+        return eager_reduction, "eager (torch.compile does not work here)"
+    return reduction, "compiled"
+
+
+def _require_labels(vocab_size: int, windows: Windows, reference: Capture, candidate: Capture) -> None:
+    greatest = int(windows.token_ids.max())
+    if greatest >= vocab_size:
+        raise CaptureError(
+            f"the windows use token id {greatest:,}, and the vocabulary common to {reference.name} "
+            f"({reference.vocab_size:,}) and {candidate.name} ({candidate.vocab_size:,}) ends before it"
+        )
+
+
+def _require_same_ids(window: int, windows: Windows, *captures: Capture) -> None:
+    for capture in captures:
+        ids = capture.token_ids(window)
+        if ids is not None and not np.array_equal(ids.numpy(), windows.token_ids[window]):
+            raise CaptureError(f"token ids differ: window {window} of {capture.path} is not this session's")
+
+
+def _about(
+    reference: Capture,
+    candidate: Capture,
+    windows: Windows,
+    head: HeadMode,
+    device: torch.device,
+    kernel: str,
+    vocab_size: int,
+) -> dict[str, Any]:
+    sides = {"reference": reference, "candidate": candidate}
+    return {
+        **{side: _side(capture) for side, capture in sides.items()},
+        "protocol": windows.protocol(),
+        "head": head,
+        "vocab_size": vocab_size,
+        "kernel": kernel,
+        "device": str(device),
+        "versions": {"pytest-kld": __version__, "torch": str(torch.__version__)},
+    }
+
+
+def _side(capture: Capture) -> dict[str, Any]:
+    described = ("model", "facts", "key", "store", "store_reason", "vocab_size", "transforms", "checks")
+    return {"digest": capture.digest, **{name: capture.manifest.get(name) for name in described}}

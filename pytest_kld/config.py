@@ -1,0 +1,300 @@
+"""Options, ini keys and the one frozen KLDConfig that is built from them. Nothing else asks pytest for options."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from pytest_kld.gate import DEFAULT_BOUNDS, LIMITS, merge_bounds
+from pytest_kld.models import ModelSpec
+
+Store = Literal["auto", "hidden", "logits", "logprobs"]
+HeadMode = Literal["exact", "native"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One setting: `--kld-name` on the command line and `kld_name` in an ini file.
+
+    Attributes:
+        name: with underscores, e.g. `window_size`.
+        help: one sentence for `--help`; the default is appended.
+        metavar: what the value is called in `--help`.
+        default: its text, as a user would write it; None means unset.
+        parse: turns text into the value; raises ValueError with what is valid. Takes the directory that
+            relative paths start from.
+        repeatable: may be given several times; in ini files one value a line.
+        flag: takes no value.
+    """
+
+    name: str
+    help: str
+    metavar: str | None = None
+    default: str | None = None
+    parse: Callable[[str, Path], Any] = lambda text, _: text
+    repeatable: bool = False
+    flag: bool = False
+
+    @property
+    def option(self) -> str:
+        """Return the spelling on the command line."""
+        return f"--kld-{self.name.replace('_', '-')}"
+
+    @property
+    def ini(self) -> str:
+        """Return the spelling in an ini file."""
+        return f"kld_{self.name}"
+
+
+def _path(text: str, base: Path) -> Path:
+    return (base / Path(text).expanduser()).resolve()
+
+
+def _choice(*choices: str) -> Callable[[str, Path], str]:
+    def parse(text: str, _: Path) -> str:
+        if text not in choices:
+            raise ValueError(f"expected one of {', '.join(choices)}, got {text!r}")
+        return text
+
+    return parse
+
+
+def _positive(text: str, _: Path) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _window_count(text: str, base: Path) -> int | None:
+    try:
+        return None if text == "max" else _positive(text, base)
+    except ValueError as error:
+        raise ValueError(f"{error} (or `max`: all that the text gives)") from None
+
+
+def _device(text: str, _: Path) -> str:
+    if text not in ("auto", "cpu", "cuda") and not (text.startswith("cuda:") and text[5:].isdecimal()):
+        raise ValueError(f"expected auto, cpu, cuda or cuda:N, got {text!r}")
+    return text
+
+
+OPTIONS: tuple[Option, ...] = (
+    Option(
+        name="ref",
+        metavar="MODEL",
+        parse=ModelSpec.parse,
+        help="Reference model: a local directory, a hub id with optional @REVISION, or a capture directory.",
+    ),
+    Option(
+        name="candidate",
+        metavar="MODEL",
+        parse=ModelSpec.parse,
+        repeatable=True,
+        help="Candidate model to gate against the reference, named in the same ways; repeatable.",
+    ),
+    Option(
+        name="tokenizer",
+        metavar="MODEL",
+        parse=ModelSpec.parse,
+        help="Model whose tokenizer cuts the text for both sides. Default: the reference's.",
+    ),
+    Option(
+        name="dataset",
+        metavar="TEXT",
+        default="wikitext-2",
+        help="Text: wikitext-2, python-docs (offline), a .txt, .jsonl or .parquet file, or hf:NAME[:CONFIG][:SPLIT].",
+    ),
+    Option(
+        name="windows",
+        metavar="N",
+        default="100",
+        parse=_window_count,
+        help="Number of windows, or max for all that the text gives.",
+    ),
+    Option(
+        name="window_size", metavar="TOKENS", default="2048", parse=_positive, help="Length of a window in tokens."
+    ),
+    Option(
+        name="stride",
+        metavar="TOKENS",
+        default="512",
+        parse=_positive,
+        help="Distance between the starts of two windows in tokens.",
+    ),
+    Option(
+        name="dtype",
+        metavar="DTYPE",
+        default="auto",
+        parse=_choice("auto", "float32", "bfloat16", "float16"),
+        help="Dtype to load models in: auto (the checkpoint's), float32, bfloat16 or float16.",
+    ),
+    Option(
+        name="device",
+        metavar="DEVICE",
+        default="auto",
+        parse=_device,
+        help="Device to run and compare on: auto (CUDA where there is one), cpu, cuda or cuda:N.",
+    ),
+    Option(
+        name="trust_remote_code",
+        flag=True,
+        help="Allow models and tokenizers to run code from their repository. Default: off.",
+    ),
+    Option(
+        name="store",
+        metavar="STORE",
+        default="auto",
+        parse=_choice("auto", "hidden", "logits", "logprobs"),
+        help="What a capture keeps: hidden states and head, logits in the engine's dtype, float32 logprobs, "
+        "or auto (hidden where check rows prove the head, else logits).",
+    ),
+    Option(
+        name="head",
+        metavar="HEAD",
+        default="exact",
+        parse=_choice("exact", "native"),
+        help="How logits are recomputed from hidden states: exact (float32) or native (the engine's rounding).",
+    ),
+    Option(
+        name="cache_dir",
+        metavar="DIR",
+        parse=_path,
+        help="Directory for captures and scores. Default: pytest-kld in the user's cache directory.",
+    ),
+    Option(name="refresh", flag=True, help="Capture and compare anew what the cache already holds."),
+    Option(name="junit", metavar="FILE", parse=_path, help="Write a JUnit report: a suite per candidate."),
+    Option(name="json", metavar="FILE", parse=_path, help="Write a JSON report: figures, protocol, versions, keys."),
+    *(
+        Option(
+            name=limit.name,
+            metavar="N" if limit.integer else limit.unit.upper() or "X",
+            parse=lambda text, _, limit=limit: limit.parse(text, "limit"),
+            help=f"{'Greatest' if limit.upper else 'Least'} {limit.label} that passes."
+            + ("" if limit.default is None else f" Default: {limit.default:g}."),
+        )
+        for limit in LIMITS.values()
+    ),
+)
+"""Every option there is. The tables in docs/reference.md are held against it by a test."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KLDConfig:
+    """Everything the plugin was told, checked and with defaults filled in. Fields are named as the options.
+
+    Attributes:
+        ref: the reference, or None.
+        candidate: the candidates, in the order given.
+        windows: number of windows; None means all that the text gives.
+        bounds: limits by name, command line over ini over default.
+        given_limits: options of limits that stand on the command line.
+        given_candidates: whether candidates stand on the command line.
+        base: the directory in which pytest was called.
+        started: when the session began, in seconds since the epoch; what is older gives way to --kld-refresh.
+    """
+
+    ref: ModelSpec | None
+    candidate: tuple[ModelSpec, ...]
+    tokenizer: ModelSpec | None
+    dataset: str
+    windows: int | None
+    window_size: int
+    stride: int
+    dtype: str
+    device: str
+    trust_remote_code: bool
+    store: Store
+    head: HeadMode
+    cache_dir: Path
+    refresh: bool
+    junit: Path | None
+    json: Path | None
+    bounds: dict[str, float]
+    given_limits: tuple[str, ...]
+    given_candidates: bool
+    base: Path
+    started: float
+
+
+CONFIG = pytest.StashKey[KLDConfig]()
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """Register every option and its ini key. Options default to None, so that an ini value shows through."""
+    group = parser.getgroup("kld", "KL divergence of quantized models (pytest-kld)")
+    for option in OPTIONS:
+        text = option.help + ("" if option.default is None else f" Default: {option.default}.")
+        if option.flag:
+            group.addoption(option.option, action="store_true", default=None, help=text)
+            parser.addini(option.ini, text, type="bool", default=None)
+        else:
+            action = "append" if option.repeatable else "store"
+            group.addoption(option.option, action=action, default=None, metavar=option.metavar, help=text)
+            scalar = str | int | float  # so that native TOML may say kld_max_mean = 0.05
+            parser.addini(option.ini, text, type="linelist" if option.repeatable else scalar, default=None)
+
+
+def build_config(config: pytest.Config) -> KLDConfig:
+    """Check all options and ini keys and freeze them.
+
+    Raises:
+        pytest.UsageError: names the option or key, the bad value, and what would be right.
+    """
+    values: dict[str, Any] = {}
+    given: set[str] = set()
+    for option in OPTIONS:
+        dest = option.ini
+        raw = config.getoption(dest)
+        source, base = option.option, config.invocation_params.dir
+        if raw is None:
+            raw = config.getini(dest)
+            source, base = option.ini, config.inipath.parent if config.inipath else config.rootpath
+        else:
+            given.add(option.name)
+        if raw is None or raw == []:
+            raw, source = option.default, option.option
+        values[option.name] = _parse(option, raw, source, base)
+
+    by_limit: dict[str, float | None] = {
+        name: value for name in LIMITS if (value := values.pop(name)) is not None
+    }
+    from_options = [option.option for option in OPTIONS if option.name in LIMITS and option.name in given]
+    return KLDConfig(
+        **{
+            **values,
+            "candidate": values["candidate"] or (),
+            "trust_remote_code": bool(values["trust_remote_code"]),
+            "refresh": bool(values["refresh"]),
+            "cache_dir": values["cache_dir"] or _default_cache_dir(),
+        },
+        bounds=merge_bounds(by_limit, dict(DEFAULT_BOUNDS)),
+        given_limits=tuple(from_options),
+        given_candidates="candidate" in given,
+        base=config.invocation_params.dir,
+        started=time.time(),
+    )
+
+
+def _parse(option: Option, raw: Any, source: str, base: Path) -> Any:
+    if raw is None or option.flag:
+        return raw
+    try:
+        if not option.repeatable:
+            return option.parse(str(raw), base)
+        specs = tuple(option.parse(str(value), base) for value in raw)
+        if repeated := [value for value in raw if list(raw).count(value) > 1]:
+            raise ValueError(f"{repeated[0]!r} is given twice")
+    except ValueError as error:
+        raise pytest.UsageError(f"{source}: {error}") from None
+    return specs
+
+
+def _default_cache_dir() -> Path:
+    from platformdirs import user_cache_path
+
+    return user_cache_path("pytest-kld")

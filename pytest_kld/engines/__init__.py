@@ -1,0 +1,89 @@
+"""Engines run a model over windows. Everything that differs between them stays behind this protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pytest_kld.head import Head
+    from pytest_kld.models import ModelSpec
+    from pytest_kld.windows import Windows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What can be known of a model before its weights are loaded.
+
+    Attributes:
+        model_class: the architecture's name.
+        vocab_size: columns of the logits that are tokens, by the model's config; more are padding.
+        hidden_size: width of the last hidden state.
+        dtype: dtype of hidden states and logits, e.g. `bfloat16`.
+        quantization: the quantization method's name, or None.
+    """
+
+    model_class: str
+    vocab_size: int
+    hidden_size: int
+    dtype: str
+    quantization: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the facts for the manifest."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefill:
+    """What the engine computed for one window.
+
+    Attributes:
+        window: its index.
+        hidden: [N, H], what went into the head, in the engine's dtype; None if that was not seen.
+        logits: [N, V] or, where rows were asked for, [K, V]: the engine's own, in its dtype.
+    """
+
+    window: int
+    hidden: Tensor | None
+    logits: Tensor
+
+
+class LoadedModel(Protocol):
+    """A model that is ready to run."""
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What it turned out to be."""
+
+    @property
+    def heads(self) -> Sequence[Head]:
+        """What its head may be, likeliest first; empty if it has no plain one. The check rows decide."""
+
+    def prefill(
+        self, windows: Windows, indices: Sequence[int], rows: Sequence[int] | None
+    ) -> Iterator[Prefill]:
+        """Run windows and yield what came out, in any order.
+
+        Args:
+            windows: all windows.
+            indices: which to run.
+            rows: positions whose logits are wanted; None means all of them.
+        """
+
+
+class Engine(Protocol):
+    """Runs models. `arguments` are the engine's own, e.g. keyword arguments of `from_pretrained`."""
+
+    def facts(self, model: ModelSpec, arguments: Mapping[str, Any]) -> ModelFacts:
+        """Read a model's facts without loading its weights."""
+
+    def fingerprint(self, model: ModelSpec, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what, beyond the model's files, determines the bits of a capture, as JSON."""
+
+    def open(self, model: ModelSpec, arguments: Mapping[str, Any]) -> AbstractContextManager[LoadedModel]:
+        """Load a model; it is gone from memory when the context ends."""

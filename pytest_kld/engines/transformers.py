@@ -1,0 +1,211 @@
+"""The embedded engine: transformers, in this process, on CPU or CUDA."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pytest_kld.device import pick_device
+from pytest_kld.engines import ModelFacts, Prefill
+from pytest_kld.errors import ModelError
+from pytest_kld.head import Head
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from pytest_kld.models import ModelSpec
+    from pytest_kld.windows import Windows
+
+_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+"""Config fields of a factor on the logits; some architectures multiply by theirs and some divide."""
+_SOFTCAP = "final_logit_softcapping"
+_QUANTIZERS = ("accelerate", "bitsandbytes", "compressed-tensors", "optimum-quanto", "torchao")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransformersEngine:
+    """Loads checkpoints as `AutoModelForCausalLM` does, quantized ones included.
+
+    Attributes:
+        dtype: `auto` (the checkpoint's) or a torch dtype's name.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        trust_remote_code: whether a repository's own code may run.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+    def facts(self, model: ModelSpec, arguments: Mapping[str, Any]) -> ModelFacts:
+        """Read a model's facts from its config. See `Engine.facts`."""
+        try:
+            config = AutoConfig.from_pretrained(
+                model.source, revision=model.revision or "main", trust_remote_code=self.trust_remote_code
+            )
+        except Exception as error:  # config files raise whatever they contain
+            raise ModelError(f"cannot read the config of {model.label}: {error}") from error
+        return _facts(config, self.dtype if self.dtype != "auto" else None, arguments)
+
+    def fingerprint(self, model: ModelSpec, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return versions, dtype, device and arguments. See `Engine.fingerprint`."""
+        device = pick_device(self.device)
+        quantized = self.facts(model, arguments).quantization is not None
+        return {
+            "engine": "transformers",
+            "versions": versions("transformers", "torch", *(_QUANTIZERS if quantized else ())),
+            "dtype": self.dtype,
+            "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+            "arguments": {name: _as_json(value) for name, value in arguments.items()},
+        }
+
+    @contextmanager
+    def open(self, model: ModelSpec, arguments: Mapping[str, Any]) -> Iterator[LoadedTransformer]:
+        """Load a model and free it at the end. See `Engine.open`."""
+        device = pick_device(self.device)
+        loaded = None
+        try:
+            loaded = LoadedTransformer(self._load(model, arguments, device), model.label)
+            yield loaded
+        finally:
+            if loaded is not None:
+                loaded.close()
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _load(self, model: ModelSpec, arguments: Mapping[str, Any], device: torch.device) -> PreTrainedModel:
+        dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        options = {"dtype": dtype, "trust_remote_code": self.trust_remote_code, **arguments}
+        if model.revision:
+            options["revision"] = model.revision
+        try:
+            network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model.source, **options)
+        except Exception as error:  # loaders, quantizers and remote code raise whatever they like
+            raise ModelError(f"transformers cannot load {model.label}: {type(error).__name__}: {error}") from error
+        if device.type != "cpu" and "device_map" not in options:
+            network.to(device)  # type: ignore[arg-type]
+        return network.eval()
+
+
+@dataclass(slots=True)
+class LoadedTransformer:
+    """A loaded model whose head module is watched."""
+
+    network: PreTrainedModel | None
+    label: str
+    _seen: list[Tensor] = field(default_factory=list)
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What the model turned out to be."""
+        network = self._loaded
+        return _facts(network.config, str(network.dtype).removeprefix("torch."), {})
+
+    @property
+    def heads(self) -> list[Head]:
+        """What its head may be: a plain linear one, with each reading of the config's transforms."""
+        module, config = self._loaded.get_output_embeddings(), self._loaded.config.get_text_config()
+        weight = getattr(module, "weight", None)
+        if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.dim() != 2:  # noqa: PLR2004
+            return []
+        factors = [float(value) for name in _SCALES if (value := getattr(config, name, None))]
+        scales = [*factors, *(1 / factor for factor in factors), 1.0]
+        softcap = getattr(config, _SOFTCAP, None)
+        bias = getattr(module, "bias", None)
+        return [
+            Head(weight=weight.detach(), bias=None if bias is None else bias.detach(), scale=scale, softcap=cap)
+            for cap, scale in product([softcap, None] if softcap else [None], scales)
+        ]
+
+    @torch.inference_mode()
+    def prefill(self, windows: Windows, indices: Sequence[int], rows: Sequence[int] | None) -> Iterator[Prefill]:
+        """Run windows one by one. See `LoadedModel.prefill`."""
+        network = self._loaded
+        head = network.get_output_embeddings()
+        selected = None if rows is None else torch.tensor(rows)
+        hook = _watch(head, self._seen, selected) if isinstance(head, nn.Module) else None
+        try:
+            for index in indices:
+                self._seen.clear()
+                ids = torch.from_numpy(windows.token_ids[index]).long()[None].to(network.device)
+                logits = network(input_ids=ids, use_cache=False).logits[0]
+                # A head that runs more than once (speculative layers) or not at all is not understood here.
+                hidden = self._seen[0] if len(self._seen) == 1 else None
+                if selected is not None and len(logits) == windows.size:
+                    logits = logits[selected.to(logits.device)]
+                yield Prefill(window=index, hidden=hidden, logits=logits)
+        finally:
+            self._seen.clear()
+            if hook is not None:
+                hook.remove()
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._seen.clear()
+        self.network = None
+
+    @property
+    def _loaded(self) -> PreTrainedModel:
+        if self.network is None:
+            raise ModelError(f"{self.label} is closed")
+        return self.network
+
+
+def _watch(head: nn.Module, seen: list[Tensor], rows: Tensor | None) -> Any:
+    """Note what goes into the head; let only the wanted rows through, so that it computes no others."""
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        hidden = args[0]
+        seen.append(hidden[0])
+        return None if rows is None else (hidden[:, rows.to(hidden.device)], *args[1:])
+
+    return head.register_forward_pre_hook(before)
+
+
+def _facts(config: PretrainedConfig, dtype: str | None, arguments: Mapping[str, Any]) -> ModelFacts:
+    text = config.get_text_config()
+    quantization = arguments.get("quantization_config") or getattr(config, "quantization_config", None)
+    if isinstance(quantization, dict):
+        method = quantization.get("quant_method", "unknown")
+    else:
+        method = getattr(quantization, "quant_method", None)
+    return ModelFacts(
+        model_class=(config.architectures or [type(config).__name__])[0],
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        dtype=dtype or str(text.dtype or config.dtype or torch.float32).removeprefix("torch."),
+        quantization=None if method is None else str(getattr(method, "value", method)),
+    )
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    if isinstance(value, dict):
+        return {str(name): _as_json(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    if hasattr(value, "to_dict"):
+        return _as_json(value.to_dict())
+    return str(value) if isinstance(value, torch.dtype | torch.device) else repr(value)

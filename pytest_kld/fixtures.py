@@ -1,0 +1,242 @@
+"""The plugin's fixtures."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_kld.config import CONFIG, KLDConfig
+from pytest_kld.errors import KLDError, ModelError
+from pytest_kld.gate import Figure, merge_bounds, parse_marker
+from pytest_kld.models import ModelSpec
+from pytest_kld.report.terminal import TerminalProgress
+
+if TYPE_CHECKING:
+    from pytest_kld.capture import Capture
+    from pytest_kld.measurement import Measurement
+    from pytest_kld.scores import Scores
+    from pytest_kld.windows import Windows
+
+
+@contextmanager
+def _measuring() -> Iterator[None]:
+    """Report what makes a measurement impossible as an error of the set-up: the message, without a traceback.
+
+    Warnings of the libraries that load models stay warnings, whatever the project's filters make of its own.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            yield
+    except KLDError as error:
+        pytest.fail(f"{type(error).__name__}: {error}", pytrace=False)
+
+
+class KLD:
+    """The figures of one candidate, for assertions: `assert kld.p99 < 0.3`.
+
+    Divergences are in nats. See `Summary` for each figure's definition.
+
+    Attributes:
+        reference: how the user named the reference.
+        candidate: how the user named the candidate.
+        bounds: the limits that are checked after the test's body, by name.
+        scores: the table per position.
+        summary: every figure.
+    """
+
+    def __init__(self, *, reference: str, candidate: str, bounds: Mapping[str, float], scores: Scores) -> None:
+        """Draw the figures from the scores."""
+        from pytest_kld.scores import Summary
+
+        self.reference = reference
+        self.candidate = candidate
+        self.bounds = dict(bounds)
+        self.scores = scores
+        self.summary = Summary.of(scores)
+
+    def __repr__(self) -> str:
+        """Name the pair and the headline figures."""
+        summary = self.summary
+        return (
+            f"<kld of {self._pair}: mean {summary.mean:.6g}, p99 {summary.p99:.6g}, max {summary.max:.6g} nats, "
+            f"NaN {summary.candidate_nan_count}, top-1 {summary.top1_agreement:.2%}>"
+        )
+
+    @property
+    def mean(self) -> Figure:
+        """Mean KL(reference ‖ candidate) in nats."""
+        return self._nats("mean KLD", self.summary.mean)
+
+    @property
+    def median(self) -> Figure:
+        """Median KL in nats."""
+        return self._nats("median KLD", self.summary.median)
+
+    @property
+    def p95(self) -> Figure:
+        """95 % quantile of KL in nats."""
+        return self._nats("P95 KLD", self.summary.p95)
+
+    @property
+    def p99(self) -> Figure:
+        """99 % quantile of KL in nats."""
+        return self._nats("P99 KLD", self.summary.p99)
+
+    @property
+    def p999(self) -> Figure:
+        """99.9 % quantile of KL in nats."""
+        return self._nats("P99.9 KLD", self.summary.p999)
+
+    @property
+    def max(self) -> Figure:
+        """Largest KL in nats."""
+        return self._nats("max KLD", self.summary.max)
+
+    @property
+    def nan_count(self) -> int:
+        """Positions where the candidate is not finite."""
+        return self.summary.candidate_nan_count
+
+    @property
+    def reference_nan_count(self) -> int:
+        """Positions where the reference is not finite."""
+        return self.summary.reference_nan_count
+
+    @property
+    def top1_agreement(self) -> Figure:
+        """Share of positions with the same most probable token, in [0, 1]."""
+        return self._figure("top-1 agreement", self.summary.top1_agreement, "")
+
+    @property
+    def ppl_ratio(self) -> Figure:
+        """Candidate's perplexity over the reference's."""
+        return self._figure("perplexity ratio", self.summary.ppl_ratio, "")
+
+    @property
+    def _pair(self) -> str:
+        return f"{self.candidate} against {self.reference}"
+
+    def _nats(self, label: str, value: float) -> Figure:
+        return self._figure(label, value, "nats")
+
+    def _figure(self, label: str, value: float, unit: str) -> Figure:
+        return Figure(value, label=label, unit=unit, pair=self._pair)
+
+
+@pytest.fixture(scope="session")
+def kld_config(request: pytest.FixtureRequest) -> KLDConfig:
+    """Everything the plugin was told, checked and frozen."""
+    return request.config.stash[CONFIG]
+
+
+@pytest.fixture(scope="session")
+def kld_reference_args() -> Mapping[str, Any]:
+    """Override: the engine's arguments for the reference, e.g. `{"attn_implementation": "eager"}`.
+
+    The transformers engine passes them to `from_pretrained`. They are part of the cache key.
+    """
+    return {}
+
+
+@pytest.fixture(scope="session")
+def kld_candidate_args() -> Mapping[str, Any]:
+    """Override: the engine's arguments for candidates, e.g. `{"quantization_config": …}`."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def _kld_measurement(kld_config: KLDConfig, request: pytest.FixtureRequest) -> Measurement:
+    with _measuring():
+        from pytest_kld.measurement import Measurement
+
+        return Measurement(kld_config, TerminalProgress(request.config))
+
+
+@pytest.fixture(scope="session")
+def kld_windows(_kld_measurement: Measurement) -> Windows:
+    """The token windows that both sides are run on."""
+    with _measuring():
+        return _kld_measurement.windows()
+
+
+@pytest.fixture(scope="session")
+def kld_reference(
+    _kld_measurement: Measurement,
+    kld_config: KLDConfig,
+    kld_windows: Windows,
+    kld_reference_args: Mapping[str, Any],
+) -> Capture:
+    """The reference's capture, from the cache or made now."""
+    with _measuring():
+        if kld_config.ref is None:
+            raise ModelError("there is no reference: give --kld-ref=MODEL, or kld_ref in the ini file")
+        return _kld_measurement.capture(kld_config.ref, kld_reference_args, kld_windows)
+
+
+@pytest.fixture(scope="session")
+def kld_candidate(
+    request: pytest.FixtureRequest,
+    _kld_measurement: Measurement,
+    kld_config: KLDConfig,
+    kld_windows: Windows,
+    kld_reference: Capture,
+    kld_candidate_args: Mapping[str, Any],
+) -> Capture:
+    """The capture of each candidate in turn, from the cache or made now.
+
+    Parametrized over `--kld-candidate`; a test's own
+    `@pytest.mark.parametrize("kld_candidate", ["MODEL", …], indirect=True)` takes the place of that.
+    """
+    with _measuring():
+        model = getattr(request, "param", None)
+        if model is None:
+            raise ModelError("there is no candidate: give --kld-candidate=MODEL, or kld_candidate in the ini file")
+        if isinstance(model, str):
+            try:
+                model = ModelSpec.parse(model, kld_config.base)
+            except ValueError as error:
+                raise ModelError(str(error)) from None
+        return _kld_measurement.candidate_capture(model, kld_candidate_args, kld_windows, kld_reference)
+
+
+@pytest.fixture(scope="session")
+def _kld_scores(
+    _kld_measurement: Measurement, kld_windows: Windows, kld_reference: Capture, kld_candidate: Capture
+) -> Scores:
+    with _measuring():
+        return _kld_measurement.scores(kld_reference, kld_candidate, kld_windows)
+
+
+@pytest.fixture
+def kld(request: pytest.FixtureRequest, kld_config: KLDConfig, _kld_scores: Scores) -> KLD:
+    """The figures of the candidate. Limits of marker, command line and ini are checked after the test's body."""
+    with _measuring():
+        return KLD(
+            reference=reference_label(kld_config),
+            candidate=candidate_label(request.node),
+            bounds=bounds_of(request.node, kld_config),
+            scores=_kld_scores,
+        )
+
+
+def bounds_of(item: pytest.Item, config: KLDConfig) -> dict[str, float]:
+    """Return a test's limits: each from the closest marker that names it, else command line, ini, default."""
+    markers = [parse_marker(mark.args, mark.kwargs) for mark in item.iter_markers("kld")]
+    return merge_bounds(*markers, dict(config.bounds))
+
+
+def reference_label(config: KLDConfig) -> str:
+    """Return the reference's name for reports."""
+    return config.ref.label if config.ref else "the kld_reference fixture"
+
+
+def candidate_label(item: pytest.Item) -> str:
+    """Return the name of the candidate that a test is about."""
+    params: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
+    model = params.get("kld_candidate", "the kld_candidate fixture")
+    return model.label if isinstance(model, ModelSpec) else str(model)

@@ -1,0 +1,207 @@
+"""Limits, the verdict on a summary, and the words of a failure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+BANDS = ((0.01, "near-lossless"), (0.05, "good"), (0.1, "noticeable"), (math.inf, "significant"))
+"""Mean KL in nats below which quantization quality is called that, by the usual interpretation scale."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """One kind of limit: marker argument `name`, option `--kld-name`, ini key `kld_name`.
+
+    Attributes:
+        name: e.g. `max_mean`; `max_…` bounds from above, `min_…` from below.
+        figure: the attribute of `Summary` that it bounds.
+        label: how tables and messages call the figure.
+        unit: of the figure and the bound; empty for counts and ratios.
+        greatest: the largest value that makes sense as a bound.
+        integer: whether the figure is a count.
+        default: the bound where nobody sets one; None means no limit.
+    """
+
+    name: str
+    figure: str
+    label: str
+    unit: str = ""
+    greatest: float = math.inf
+    integer: bool = False
+    default: float | None = None
+
+    @property
+    def upper(self) -> bool:
+        """Whether the figure must not be greater than the bound (else: not less)."""
+        return self.name.startswith("max_")
+
+    def parse(self, value: object, source: str) -> float:
+        """Check a bound and return it.
+
+        Args:
+            value: a number, or text from a command line or ini file.
+            source: where it comes from, for the message.
+
+        Raises:
+            ValueError: not a number, or out of range; the text names source, value and what is valid.
+        """
+        kind = "a whole number" if self.integer else "a number"
+        upper = "" if math.isinf(self.greatest) else f" and at most {self.greatest:g}"
+        wanted = f"{source}: expected {kind} of at least 0{upper}, got {value!r}"
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise ValueError(wanted)
+        try:
+            number = float(value)
+        except ValueError:
+            raise ValueError(wanted) from None
+        if not 0 <= number <= self.greatest or math.isinf(number) or (self.integer and number != int(number)):
+            raise ValueError(wanted)
+        return number
+
+
+LIMITS: Mapping[str, Limit] = {
+    limit.name: limit
+    for limit in (
+        Limit(name="max_mean", figure="mean", label="mean KLD", unit="nats"),
+        Limit(name="max_median", figure="median", label="median KLD", unit="nats"),
+        Limit(name="max_p95", figure="p95", label="P95 KLD", unit="nats"),
+        Limit(name="max_p99", figure="p99", label="P99 KLD", unit="nats"),
+        Limit(name="max_p999", figure="p999", label="P99.9 KLD", unit="nats"),
+        Limit(name="max_max", figure="max", label="max KLD", unit="nats"),
+        Limit(name="max_nan", figure="candidate_nan_count", label="candidate NaN count", integer=True, default=0),
+        Limit(
+            name="max_ref_nan", figure="reference_nan_count", label="reference NaN count", integer=True, default=0
+        ),
+        Limit(name="min_top1", figure="top1_agreement", label="top-1 agreement", greatest=1),
+        Limit(name="max_ppl_ratio", figure="ppl_ratio", label="perplexity ratio"),
+    )
+}
+"""Every limit there is, by name."""
+
+DEFAULT_BOUNDS: Mapping[str, float] = {
+    name: limit.default for name, limit in LIMITS.items() if limit.default is not None
+}
+
+
+def parse_marker(args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, float | None]:
+    """Check the arguments of one `kld` marker. None lifts a limit set further out.
+
+    Raises:
+        ValueError: a positional, unknown or badly typed argument; the text names the valid ones.
+    """
+    valid = ", ".join(LIMITS)
+    if args:
+        raise ValueError(f"the kld marker takes keyword arguments only ({valid}), got {args[0]!r}")
+    if unknown := [name for name in kwargs if name not in LIMITS]:
+        raise ValueError(f"the kld marker has no argument {unknown[0]!r}; valid are {valid}")
+    return {
+        name: None if value is None else LIMITS[name].parse(value, f"kld marker, {name}")
+        for name, value in kwargs.items()
+    }
+
+
+def merge_bounds(*layers: Mapping[str, float | None]) -> dict[str, float]:
+    """Combine layers of bounds, the strongest first; a limit is taken from the first layer that mentions it."""
+    merged: dict[str, float | None] = {}
+    for layer in layers:
+        merged = {**layer, **merged}
+    return {name: merged[name] for name in LIMITS if merged.get(name) is not None}  # type: ignore[misc]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One limit held against one figure."""
+
+    limit: Limit
+    value: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the figure is within the bound. NaN never is."""
+        return self.value <= self.bound if self.limit.upper else self.value >= self.bound
+
+    def __str__(self) -> str:
+        """Name the limit, the value and the margin, on one line."""
+        unit = f" {self.limit.unit}" if self.limit.unit else ""
+        sign = {(True, True): "<=", (True, False): ">", (False, True): ">=", (False, False): "<"}
+        relation = sign[self.limit.upper, self.passed]
+        margin = abs(self.value - self.bound)
+        times = f", {self.value / self.bound:.2f}x the limit" if self.bound and not self.passed else ""
+        word = "within by" if self.passed else "over by" if self.limit.upper else "short by"
+        value, bound, margin_text = (self._format(x) for x in (self.value, self.bound, margin))
+        return f"{self.limit.label} {value}{unit} {relation} {self.limit.name} {bound} ({word} {margin_text}{times})"
+
+    def _format(self, number: float) -> str:
+        return f"{number:,.0f}" if self.limit.integer else f"{number:.6g}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Every limit of one test, held against one candidate's figures."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every figure is within its limit."""
+        return all(check.passed for check in self.checks)
+
+    def explain(self, candidate: str, reference: str, figures: Mapping[str, Any]) -> str:
+        """Tell which limits were exceeded, by how much, and which were not."""
+        exceeded = [check for check in self.checks if not check.passed]
+        within = [check for check in self.checks if check.passed]
+        headline = f"{len(exceeded)} of {len(self.checks)} KLD limits exceeded" if exceeded else "within all limits"
+        lines = [
+            f"{headline}: {candidate} against {reference}, {figures['positions']:,} positions",
+            *(f"  FAIL  {check}" for check in exceeded),
+            *(f"  ok    {check}" for check in within),
+        ]
+        if figures["infinite_count"]:
+            lines.append(
+                f"  note  KLD is infinite at {figures['infinite_count']:,} positions: the candidate rules out tokens "
+                "that the reference deems possible"
+            )
+        return "\n".join(lines)
+
+
+def judge(figures: Mapping[str, Any], bounds: Mapping[str, float]) -> Verdict:
+    """Hold figures (by the names of `Summary`) against bounds (by the names of `LIMITS`)."""
+    return Verdict(
+        checks=tuple(
+            Check(limit=LIMITS[name], value=figures[LIMITS[name].figure], bound=bound)
+            for name, bound in bounds.items()
+        )
+    )
+
+
+def band(mean: float) -> str:
+    """Return the word for a mean KL in nats on the usual interpretation scale."""
+    return next((word for bound, word in BANDS if mean < bound), "significant" if mean > 0 else "unknown")
+
+
+class Figure(float):
+    """A figure that knows its name, so that a failed `assert kld.mean < 0.05` explains itself."""
+
+    __slots__ = ("label", "pair", "unit")
+    label: str
+    pair: str
+    unit: str
+
+    def __new__(cls, value: float, *, label: str, unit: str, pair: str) -> Figure:
+        """Make a float that carries its label, unit, and the pair it belongs to."""
+        figure = super().__new__(cls, value)
+        figure.label, figure.unit, figure.pair = label, unit, pair
+        return figure
+
+    def explain(self, operator: str, other: float) -> list[str]:
+        """Return the lines that pytest shows under a failed comparison."""
+        unit = f" {self.unit}" if self.unit else ""
+        return [
+            f"{float(self):.6g} {operator} {float(other):.6g}",
+            f"{self.label} of {self.pair} is {float(self):.6g}{unit}, "
+            f"{abs(self - other):.6g} away from {float(other):.6g}",
+        ]

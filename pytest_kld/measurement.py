@@ -1,0 +1,160 @@
+"""A session's measurement: obtains windows, captures and scores, from the cache where it has them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from pytest_kld.cache import Cache
+from pytest_kld.capture import MANIFEST, SCHEMA, Capture, is_capture
+from pytest_kld.compare import compare, scores_key
+from pytest_kld.corpus import load_corpus
+from pytest_kld.device import pick_device
+from pytest_kld.engines.transformers import TransformersEngine
+from pytest_kld.errors import ModelError
+from pytest_kld.recording import Recording
+from pytest_kld.scores import Scores
+from pytest_kld.windows import Windows, check_same_tokens, cut_windows, load_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from pytest_kld.config import KLDConfig
+    from pytest_kld.engines import Engine
+    from pytest_kld.models import ModelSpec
+    from pytest_kld.progress import Progress
+
+
+class Measurement:
+    """Turns the configuration into captures and scores, each made at most once."""
+
+    def __init__(self, config: KLDConfig, progress: Progress) -> None:
+        """Open the cache; nothing else happens yet.
+
+        Raises:
+            CacheError: the cache directory cannot be written.
+        """
+        self.config = config
+        self.progress = progress
+        self.cache = Cache(config.cache_dir)
+        self.engine: Engine = TransformersEngine(
+            dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
+        )
+
+    @cached_property
+    def tokenizer_model(self) -> ModelSpec:
+        """The model whose tokenizer is used.
+
+        Raises:
+            ModelError: none is named, or it is not there.
+        """
+        model = self.config.tokenizer or self.config.ref
+        if model is None:
+            raise ModelError("there is no tokenizer: give --kld-ref or --kld-tokenizer")
+        if is_capture(model.path):
+            raise ModelError(
+                f"{model.path} is a capture and has no tokenizer: name the model that it was made from with --kld-tokenizer"
+            )
+        return model.pin()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer that cuts the text."""
+        return load_tokenizer(self.tokenizer_model, trust_remote_code=self.config.trust_remote_code)
+
+    def windows(self) -> Windows:
+        """Load the text and cut it."""
+        config = self.config
+        corpus = load_corpus(config.dataset, config.base)
+        return cut_windows(
+            corpus,
+            self.tokenizer,
+            count=config.windows,
+            size=config.window_size,
+            stride=config.stride,
+            label=self.tokenizer_model.label,
+        )
+
+    def capture(self, model: ModelSpec, arguments: Mapping[str, Any], windows: Windows) -> Capture:
+        """Return the reference's capture, from the cache or made now."""
+        return self._obtain(model, arguments, windows, None)
+
+    def candidate_capture(
+        self, model: ModelSpec, arguments: Mapping[str, Any], windows: Windows, reference: Capture
+    ) -> Capture:
+        """Return a candidate's capture, from the cache or made now.
+
+        Before the candidate's model is loaded, its token ids are checked to mean what the reference's mean, and
+        the reference's capture is verified.
+        """
+        return self._obtain(model, arguments, windows, reference)
+
+    def scores(self, reference: Capture, candidate: Capture, windows: Windows) -> Scores:
+        """Return the scores of a pair: those saved, without touching a capture's contents, or computed now."""
+        config = self.config
+        key = scores_key(reference, candidate, windows, config.head)
+        path = self.cache.scores_entry(key)
+        with self.cache.lock(path, lambda: self._say_waiting(f"scores of {candidate.name}")):
+            if self._is_there(path):
+                return Scores.load(path)
+            reference.verify()
+            candidate.verify()
+            scores = compare(
+                reference,
+                candidate,
+                windows,
+                head=config.head,
+                device=pick_device(config.device),
+                progress=self.progress,
+            )
+            scores.save(path)
+        return scores
+
+    def _obtain(
+        self, model: ModelSpec, arguments: Mapping[str, Any], windows: Windows, reference: Capture | None
+    ) -> Capture:
+        if model.path is not None and is_capture(model.path):
+            return Capture.open(model.path, windows)
+        model = model.pin()
+        key = {
+            "schema": SCHEMA,
+            "model": model.identity(),
+            "engine": self.engine.fingerprint(model, arguments),
+            "token_ids_sha256": windows.digest,
+            "store": self.config.store,
+        }
+        entry = self.cache.capture_entry(key)
+        with self.cache.lock(entry, lambda: self._say_waiting(f"capture of {model.label}")):
+            if not self._is_there(entry / MANIFEST):
+                if self.config.refresh or entry.exists():
+                    self.cache.discard(entry)
+                if reference is not None:
+                    self._check_tokenizer(model, windows)
+                    reference.verify()
+                recording = Recording(
+                    engine=self.engine,
+                    model=model,
+                    arguments=arguments,
+                    windows=windows,
+                    store=self.config.store,
+                    key=key,
+                )
+                recording.run(self.cache, entry, self.progress)
+        return Capture.open(entry, windows)
+
+    def _check_tokenizer(self, model: ModelSpec, windows: Windows) -> None:
+        if self.config.tokenizer is not None:
+            return  # named for both sides
+        try:
+            theirs = load_tokenizer(model, trust_remote_code=self.config.trust_remote_code)
+        except ModelError:
+            return  # a candidate without a tokenizer is run on the reference's ids, as every other
+        check_same_tokens(windows, self.tokenizer, theirs, model.label)
+
+    def _is_there(self, made: Path) -> bool:
+        """Tell whether an entry may be used; with --kld-refresh only what was made since the session began."""
+        return made.is_file() and not (self.config.refresh and made.stat().st_mtime < self.config.started)
+
+    def _say_waiting(self, what: str) -> None:
+        self.progress.note(f"waiting for another process that makes the {what}")

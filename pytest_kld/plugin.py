@@ -1,0 +1,90 @@
+"""pytest hooks. Each calls something that can be tested without pytest; importing this must not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_kld.collection import (
+    MARKER,
+    add_builtin_gate,
+    is_gated,
+    parametrize_candidates,
+    request_fixture_of_marked,
+)
+from pytest_kld.config import CONFIG, add_options, build_config
+from pytest_kld.fixtures import (  # noqa: F401 (pytest finds fixtures by their names in this module)
+    _kld_measurement,
+    _kld_scores,
+    kld,
+    kld_candidate,
+    kld_candidate_args,
+    kld_config,
+    kld_reference,
+    kld_reference_args,
+    kld_windows,
+)
+from pytest_kld.gate import Figure
+from pytest_kld.gating import Results, attach_result, check_limits
+from pytest_kld.report.terminal import header
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Register options and ini keys."""
+    add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Check and freeze the options, before anything is collected or loaded."""
+    config.addinivalue_line("markers", MARKER)
+    config.stash[CONFIG] = build_config(config)
+    if not hasattr(config, "workerinput"):  # xdist's workers leave the results to the controller
+        config.pluginmanager.register(Results(config), "kld-results")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """Say what will be measured with what."""
+    return header(config.stash[CONFIG])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makeitem(collector: pytest.Module | pytest.Class, name: str, obj: object) -> None:
+    """Give marked tests the fixture; check the markers' arguments."""
+    request_fixture_of_marked(collector, name, obj)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run each gated test once per candidate."""
+    parametrize_candidates(metafunc)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.Item]) -> None:
+    """Add the built-in gate where there is no test of one's own."""
+    add_builtin_gate(session, items)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Check the limits after the body."""
+    result = yield
+    check_limits(item)
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Attach the result."""
+    report = yield
+    if is_gated(item):
+        attach_result(item, report)
+    return report
+
+
+def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
+    """Explain a failed comparison of a figure with a number."""
+    if isinstance(left, Figure) and isinstance(right, int | float):
+        return left.explain(op, right)
+    return None

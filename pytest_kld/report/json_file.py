@@ -1,0 +1,41 @@
+"""The JSON report. Its schema is docs/report.schema.json."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from pytest_kld import __version__
+from pytest_kld.files import write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from pytest_kld.result import GateResult
+
+SCHEMA_VERSION = 1
+"""Raised whenever a field is renamed, removed, or changes its meaning."""
+
+
+def write_json_report(path: Path, results: Sequence[GateResult]) -> None:
+    """Write everything that is known of each gated test."""
+    write_json(
+        path,
+        {
+            "schema_version": SCHEMA_VERSION,
+            "pytest_kld": __version__,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "results": [_json_numbers({**result.to_json(), "band": result.band}) for result in results],
+        },
+    )
+
+
+def _json_numbers(value: Any) -> Any:
+    """Write numbers that JSON lacks as the strings `nan`, `inf` and `-inf`."""
+    if isinstance(value, dict):
+        return {name: _json_numbers(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_numbers(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,147 @@
+"""What the terminal shows: the header line, progress, and the table at the end."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from pytest_kld import __version__
+from pytest_kld.result import GateResult, by_candidate, worst
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import pytest
+
+    from pytest_kld.config import KLDConfig
+
+_SECONDS_BETWEEN_LINES = 10.0
+"""On something that is no terminal a line is printed this often; on a terminal the line is rewritten."""
+_SECONDS_BETWEEN_REWRITES = 0.2
+
+
+def header(config: KLDConfig) -> str | None:
+    """Return the line for pytest's header, or None if there is nothing to gate."""
+    if config.ref is None and not config.candidate:
+        return None
+    reference = config.ref.label if config.ref else "none"
+    engine = f"transformers {version('transformers')}"
+    return f"kld: pytest-kld {__version__}, engine {engine}, reference {reference}, cache {config.cache_dir}"
+
+
+class TerminalProgress:
+    """Writes progress past pytest's capturing. Silent under -q; in xdist's workers there is no terminal."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        """Find the terminal, if there is one."""
+        quiet = config.get_verbosity() < 0
+        self._reporter: Any = None if quiet else config.pluginmanager.getplugin("terminalreporter")
+        self._capturing: Any = config.pluginmanager.getplugin("capturemanager")
+
+    def note(self, text: str) -> None:
+        """Print one line."""
+        self._write(f"kld: {text}", last=True)
+
+    @contextmanager
+    def task(self, name: str, total: int, done: int = 0) -> Iterator[TerminalTask]:
+        """Show how a piece of work goes on, and how long it took when it is done."""
+        task = TerminalTask(self, name, total, done)
+        yield task
+        task.finish()
+
+    def _write(self, line: str, *, last: bool) -> None:
+        if self._reporter is None:
+            return
+        with self._capturing.global_and_fixture_disabled():
+            if self._reporter.isatty:
+                self._reporter.rewrite(line, erase=True)
+                if last:
+                    self._reporter.write_line("")
+            else:
+                self._reporter.ensure_newline()
+                self._reporter.write_line(line)
+            self._reporter.flush()
+
+    @property
+    def seconds_between_lines(self) -> float:
+        """Return how often a task may write."""
+        terminal = self._reporter is not None and self._reporter.isatty
+        return _SECONDS_BETWEEN_REWRITES if terminal else _SECONDS_BETWEEN_LINES
+
+
+class TerminalTask:
+    """Counts windows and writes now and then."""
+
+    def __init__(self, progress: TerminalProgress, name: str, total: int, done: int) -> None:
+        """Start the clock."""
+        self._progress, self._name, self._total = progress, name, total
+        self._done, self._before = done, done
+        self._started = self._written = time.monotonic()
+
+    def advance(self) -> None:
+        """Count one window."""
+        self._done += 1
+        now = time.monotonic()
+        if now - self._written >= self._progress.seconds_between_lines and self._done < self._total:
+            self._written = now
+            rate = (self._done - self._before) / (now - self._started)
+            eta = (self._total - self._done) / rate
+            self._say(f"{rate:.2f} windows/s, {format_seconds(eta)} left", last=False)
+
+    def finish(self) -> None:
+        """Say how long it took."""
+        self._say(f"done in {format_seconds(time.monotonic() - self._started)}", last=True)
+
+    def _say(self, text: str, *, last: bool) -> None:
+        self._progress._write(f"kld: {self._name}: {self._done}/{self._total} windows, {text}", last=last)  # noqa: SLF001
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration as people say it."""
+    if seconds < 60:  # noqa: PLR2004
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"  # noqa: PLR2004
+
+
+def table(results: Sequence[GateResult]) -> list[str]:
+    """Return the lines of the closing table, a row per candidate."""
+    measured = next((result for result in results if result.figures and result.about), None)
+    title = f"KLD Evaluation Results (ref: {results[0].reference}"
+    if measured and measured.figures and measured.about:
+        protocol = measured.about["protocol"]
+        title += f", dataset: {protocol['dataset']}, {measured.figures['positions']:,} positions"
+    columns = ["Model", "Mean KLD", "Median KLD", "P95 KLD", "P99 KLD", "Max KLD", "NaN", "Top-1", "Verdict", "Band"]
+    rows = [columns, *(_row(candidate, group) for candidate, group in by_candidate(results).items())]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
+    left = (0, 8, 9)
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return [f"{title})", lines[0], "-" * max(map(len, lines)), *lines[1:]]
+
+
+def _row(candidate: str, group: Sequence[GateResult]) -> list[str]:
+    verdict = {"passed": "pass", "failed": "FAIL", "error": "ERROR"}[worst(group).outcome]
+    result = next((result for result in group if result.figures), None)
+    if result is None or result.figures is None:
+        return [candidate, *["-"] * 7, verdict, "-"]
+    figures = result.figures
+    nan = f"{figures['candidate_nan_count']:,}"
+    if figures["reference_nan_count"]:
+        nan += f" (ref {figures['reference_nan_count']:,})"
+    return [
+        candidate,
+        *(f"{figures[name]:.6f}" for name in ("mean", "median", "p95", "p99")),
+        f"{figures['max']:.4f}",
+        nan,
+        f"{figures['top1_agreement']:.2%}",
+        verdict,
+        result.band or "-",
+    ]

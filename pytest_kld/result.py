@@ -1,0 +1,93 @@
+"""The result of one gated test: what reports are made of. Plain data, so that it travels between processes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pytest_kld.gate import band
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pytest_kld.gate import Verdict
+
+Outcome = Literal["passed", "failed", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateResult:
+    """One test, one candidate.
+
+    Attributes:
+        nodeid: the test's.
+        reference: how the user named the reference.
+        candidate: how the user named the candidate.
+        outcome: `passed`; `failed`: measured and over a limit, or the test's own assertion; `error`: not measured.
+        message: why, if not passed.
+        figures: the `Summary` by name; None if not measured.
+        checks: each limit with `limit`, `figure`, `value`, `bound`, `passed`.
+        about: what was compared and how, from the scores; None if not measured.
+        seconds: how long the test took, its share of shared set-up included.
+    """
+
+    nodeid: str
+    reference: str
+    candidate: str
+    outcome: Outcome
+    message: str = ""
+    figures: dict[str, Any] | None = None
+    checks: tuple[dict[str, Any], ...] = ()
+    about: dict[str, Any] | None = None
+    seconds: float = 0.0
+
+    @property
+    def band(self) -> str | None:
+        """Return the word for the mean KL, or None if not measured."""
+        return None if self.figures is None else band(self.figures["mean"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> GateResult:
+        """Read what `to_json` gave."""
+        return cls(**{**data, "checks": tuple(data["checks"])})
+
+    def properties(self) -> list[tuple[str, str | float]]:
+        """Return the figures as properties of the test case, for `--junitxml`."""
+        described = {"candidate": self.candidate, "reference": self.reference, "band": self.band}
+        limits = {check["limit"]: check["bound"] for check in self.checks}
+        return [
+            (f"kld_{name}", value)
+            for name, value in {**described, **(self.figures or {}), **limits}.items()
+            if value is not None
+        ]
+
+
+def checks_of(verdict: Verdict) -> tuple[dict[str, Any], ...]:
+    """Return a verdict's checks as plain data."""
+    return tuple(
+        {
+            "limit": check.limit.name,
+            "figure": check.limit.figure,
+            "value": check.value,
+            "bound": check.bound,
+            "passed": check.passed,
+        }
+        for check in verdict.checks
+    )
+
+
+def by_candidate(results: Sequence[GateResult]) -> dict[str, list[GateResult]]:
+    """Group results by candidate, in order of first appearance."""
+    groups: dict[str, list[GateResult]] = {}
+    for result in results:
+        groups.setdefault(result.candidate, []).append(result)
+    return groups
+
+
+def worst(results: Sequence[GateResult]) -> GateResult:
+    """Return the result that decides over a candidate: an error before a failure before a pass."""
+    return max(results, key=lambda result: ("passed", "failed", "error").index(result.outcome))
