@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import uuid
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ class Cache:
 
         Raises:
             CacheError: the directory cannot be made or written.
+
         """
         self.root = root
         try:
@@ -60,6 +60,7 @@ class Cache:
         Args:
             entry: the entry's path.
             on_wait: called once when somebody else holds it, before waiting.
+
         """
         lock = FileLock(entry.with_name(f"{entry.name}.lock"))
         try:
@@ -100,6 +101,7 @@ class Cache:
 
         Raises:
             CacheError: fewer than needed; both are named.
+
         """
         free: int = shutil.disk_usage(self.root).free
         if needed_bytes > free:
@@ -113,7 +115,7 @@ class Cache:
 def format_bytes(number: float) -> str:
     """Return a size in decimal units, as disks are sold and as file systems report it."""
     for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 1000:  # noqa: PLR2004
+        if number < 1000:
             return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
         number /= 1000
     return f"{number:.1f} TB"

@@ -62,11 +62,6 @@ def file_entry(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
-def is_capture(path: Path | None) -> bool:
-    """Tell whether a directory is a capture rather than a model."""
-    return path is not None and ((path / MANIFEST).is_file() or (path / "0.safetensors").is_file())
-
-
 @dataclass(frozen=True)
 class Capture:
     """A complete capture, opened for reading. See the module's docstring for the files.
@@ -74,6 +69,7 @@ class Capture:
     Attributes:
         path: its directory.
         manifest: the contents of `capture.json`.
+
     """
 
     path: Path
@@ -89,6 +85,7 @@ class Capture:
 
         Raises:
             CaptureError: incomplete, of another schema, or not of these windows.
+
         """
         if (path / MANIFEST).is_file():
             capture = cls(path=path, manifest=_read_manifest(path))
@@ -131,7 +128,9 @@ class Capture:
     @cached_property
     def digest(self) -> str:
         """Return a digest of what this capture says, not of how it came about."""
-        described = {name: self.manifest[name] for name in ("store", "vocab_size", "transforms", "window_files", "files")}
+        described = {
+            name: self.manifest[name] for name in ("store", "vocab_size", "transforms", "window_files", "files")
+        }
         return sha256_of_json(described)
 
     def load_head(self) -> Head | None:
@@ -150,13 +149,15 @@ class Capture:
     def rows(self, window: int, start: int, stop: int) -> Tensor:
         """Read rows of a window: hidden states [n, H], logits or log-probs [n, V], as stored."""
         with self._open_window(window) as file:
-            return file.get_slice(MATRIX[self.store])[start:stop]
+            rows: Tensor = file.get_slice(MATRIX[self.store])[start:stop]
+            return rows
 
     def verify(self) -> None:
         """Check every byte against the manifest's digests and the head against the check rows.
 
         Raises:
             CaptureError: names the file that is corrupt, or says that the head is not the engine's.
+
         """
         for name, entry in self.manifest["files"].items():
             if entry["sha256"] is not None and sha256_of_file(self.path / name) != entry["sha256"]:
@@ -254,8 +255,7 @@ def _manifest_of_original_layout(path: Path, windows: int) -> dict[str, Any]:
         "window_files": names,
         # Without a manifest nobody knows what the bytes should be; the time stamp tells versions apart.
         "files": {
-            name: {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": None}
-            for name, stat in sizes.items()
+            name: {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": None} for name, stat in sizes.items()
         },
     }
 
@@ -280,6 +280,7 @@ class LogitsReader:
 
         Raises:
             CaptureError: the window holds fewer rows, or columns, than it should.
+
         """
         rows = self.capture.rows(window, start, stop).to(self.device)
         logits = rows if self.head is None else self.head.logits(rows, self.mode)

@@ -30,6 +30,7 @@ def request_fixture_of_marked(collector: pytest.Module | pytest.Class, name: str
 
     Raises:
         pytest.Collector.CollectError: a marker has an unknown or badly typed argument.
+
     """
     if not collector.istestfunction(obj, name):
         return
@@ -41,7 +42,7 @@ def request_fixture_of_marked(collector: pytest.Module | pytest.Class, name: str
         except ValueError as error:
             raise collector.CollectError(f"{name}: {error}") from None
     if marks:
-        pytest.mark.usefixtures("kld")(obj)  # type: ignore[operator]
+        pytest.mark.usefixtures("kld")(obj)
 
 
 def parametrize_candidates(metafunc: pytest.Metafunc) -> None:
@@ -64,6 +65,7 @@ def add_builtin_gate(session: pytest.Session, items: list[pytest.Item]) -> None:
 
     Raises:
         pytest.UsageError: candidates without a reference, or limits on the command line with nothing to gate.
+
     """
     config = session.config.stash[CONFIG]
     if any(is_gated(item) for item in items):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pytest
 
-from pytest_kld.gate import DEFAULT_BOUNDS, LIMITS, merge_bounds
+from pytest_kld.gate import DEFAULT_BOUNDS, LIMITS, Limit, merge_bounds
 from pytest_kld.models import ModelSpec
 
 Store = Literal["auto", "hidden", "logits", "logprobs"]
@@ -30,6 +30,7 @@ class Option:
             relative paths start from.
         repeatable: may be given several times; in ini files one value a line.
         flag: takes no value.
+
     """
 
     name: str
@@ -83,6 +84,10 @@ def _device(text: str, _: Path) -> str:
     return text
 
 
+def _bound(limit: Limit) -> Callable[[str, Path], float]:
+    return lambda text, _: limit.parse(text)
+
+
 OPTIONS: tuple[Option, ...] = (
     Option(
         name="ref",
@@ -117,7 +122,11 @@ OPTIONS: tuple[Option, ...] = (
         help="Number of windows, or max for all that the text gives.",
     ),
     Option(
-        name="window_size", metavar="TOKENS", default="2048", parse=_positive, help="Length of a window in tokens."
+        name="window_size",
+        metavar="TOKENS",
+        default="2048",
+        parse=_positive,
+        help="Length of a window in tokens.",
     ),
     Option(
         name="stride",
@@ -168,12 +177,17 @@ OPTIONS: tuple[Option, ...] = (
     ),
     Option(name="refresh", flag=True, help="Capture and compare anew what the cache already holds."),
     Option(name="junit", metavar="FILE", parse=_path, help="Write a JUnit report: a suite per candidate."),
-    Option(name="json", metavar="FILE", parse=_path, help="Write a JSON report: figures, protocol, versions, keys."),
+    Option(
+        name="json",
+        metavar="FILE",
+        parse=_path,
+        help="Write a JSON report: figures, protocol, versions, keys.",
+    ),
     *(
         Option(
             name=limit.name,
             metavar="N" if limit.integer else limit.unit.upper() or "X",
-            parse=lambda text, _, limit=limit: limit.parse(text, "limit"),
+            parse=_bound(limit),
             help=f"{'Greatest' if limit.upper else 'Least'} {limit.label} that passes."
             + ("" if limit.default is None else f" Default: {limit.default:g}."),
         )
@@ -196,6 +210,7 @@ class KLDConfig:
         given_candidates: whether candidates stand on the command line.
         base: the directory in which pytest was called.
         started: when the session began, in seconds since the epoch; what is older gives way to --kld-refresh.
+
     """
 
     ref: ModelSpec | None
@@ -235,8 +250,10 @@ def add_options(parser: pytest.Parser) -> None:
         else:
             action = "append" if option.repeatable else "store"
             group.addoption(option.option, action=action, default=None, metavar=option.metavar, help=text)
-            scalar = str | int | float  # so that native TOML may say kld_max_mean = 0.05
-            parser.addini(option.ini, text, type="linelist" if option.repeatable else scalar, default=None)
+            if option.repeatable:
+                parser.addini(option.ini, text, type="linelist", default=None)
+            else:  # numbers too, so that native TOML may say kld_max_mean = 0.05
+                parser.addini(option.ini, text, type=str | int | float, default=None)
 
 
 def build_config(config: pytest.Config) -> KLDConfig:
@@ -244,6 +261,7 @@ def build_config(config: pytest.Config) -> KLDConfig:
 
     Raises:
         pytest.UsageError: names the option or key, the bad value, and what would be right.
+
     """
     values: dict[str, Any] = {}
     given: set[str] = set()
@@ -260,9 +278,7 @@ def build_config(config: pytest.Config) -> KLDConfig:
             raw, source = option.default, option.option
         values[option.name] = _parse(option, raw, source, base)
 
-    by_limit: dict[str, float | None] = {
-        name: value for name in LIMITS if (value := values.pop(name)) is not None
-    }
+    by_limit: dict[str, float | None] = {name: value for name in LIMITS if (value := values.pop(name)) is not None}
     from_options = [option.option for option in OPTIONS if option.name in LIMITS and option.name in given]
     return KLDConfig(
         **{

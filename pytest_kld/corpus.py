@@ -12,7 +12,7 @@ from pytest_kld.errors import CorpusError
 
 BUILT_IN = ("wikitext-2", "python-docs")
 _WAYS_OUT = (
-    f"Give one of {', '.join(BUILT_IN)}, a .txt, .jsonl or .parquet file, or hf:NAME[:CONFIG][:SPLIT] as --kld-dataset."
+    f"Give --kld-dataset one of {', '.join(BUILT_IN)}, a .txt, .jsonl or .parquet file, or hf:NAME[:CONFIG][:SPLIT]."
 )
 
 
@@ -40,6 +40,7 @@ def load_corpus(dataset: str, base: Path) -> Corpus:
 
     Raises:
         CorpusError: unknown, unreadable, without a text field, or empty.
+
     """
     if dataset == "wikitext-2":
         documents = _hub_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", "test")

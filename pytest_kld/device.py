@@ -10,6 +10,7 @@ def pick_device(name: str) -> torch.device:
 
     Raises:
         KLDError: CUDA is asked for and not there.
+
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -51,6 +51,7 @@ class Divergence:
         reference_argmax: the reference's most probable token (the first, among equals), int32.
         candidate_argmax: the candidate's.
         flags: bits REFERENCE_NON_FINITE, CANDIDATE_NON_FINITE and NO_LABEL, uint8.
+
     """
 
     kl: Tensor
@@ -78,6 +79,7 @@ def divergence(
 
     Returns:
         One `Divergence` of length N on the CPU. Never raises for non-finite values: they are flagged.
+
     """
     vocab_size = min(reference.shape[1], candidate.shape[1])
     dtype = torch.promote_types(torch.promote_types(reference.dtype, candidate.dtype), torch.float32)
@@ -121,6 +123,7 @@ def eager_reduction(z_r: Tensor, z_c: Tensor, m_r: Tensor, m_c: Tensor) -> Sums:
 
     Returns:
         Σ a, Σ b, Σ a φ(u) and Σ a log a, each [N].
+
     """
     positions, vocab_size = z_r.shape
     elements = _CACHED_ELEMENTS if z_r.device.type == "cpu" else _DEVICE_ELEMENTS
@@ -167,9 +170,7 @@ def _one_pass(z_r: Tensor, z_c: Tensor, m_r: Tensor, m_c: Tensor) -> Sums:
 
 def _phi_series(u: Tensor) -> Tensor:
     """Taylor series of eᵘ − 1 − u; relative error below 1e-7 for |u| < 0.5."""
-    return (
-        u * u * (1 / 2 + u * (1 / 6 + u * (1 / 24 + u * (1 / 120 + u * (1 / 720 + u * (1 / 5040 + u / 40320))))))
-    )
+    return u * u * (1 / 2 + u * (1 / 6 + u * (1 / 24 + u * (1 / 120 + u * (1 / 720 + u * (1 / 5040 + u / 40320))))))
 
 
 def _row_max(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     Raises:
         CacheError: the disk is full or the directory cannot be written.
+
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:

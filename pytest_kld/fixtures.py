@@ -47,6 +47,7 @@ class KLD:
         bounds: the limits that are checked after the test's body, by name.
         scores: the table per position.
         summary: every figure.
+
     """
 
     def __init__(self, *, reference: str, candidate: str, bounds: Mapping[str, float], scores: Scores) -> None:

@@ -23,6 +23,7 @@ class Limit:
         greatest: the largest value that makes sense as a bound.
         integer: whether the figure is a count.
         default: the bound where nobody sets one; None means no limit.
+
     """
 
     name: str
@@ -38,19 +39,16 @@ class Limit:
         """Whether the figure must not be greater than the bound (else: not less)."""
         return self.name.startswith("max_")
 
-    def parse(self, value: object, source: str) -> float:
-        """Check a bound and return it.
-
-        Args:
-            value: a number, or text from a command line or ini file.
-            source: where it comes from, for the message.
+    def parse(self, value: object) -> float:
+        """Check a bound, given as a number or as text, and return it.
 
         Raises:
-            ValueError: not a number, or out of range; the text names source, value and what is valid.
+            ValueError: not a number, or out of range; the text names the value and what is valid.
+
         """
         kind = "a whole number" if self.integer else "a number"
         upper = "" if math.isinf(self.greatest) else f" and at most {self.greatest:g}"
-        wanted = f"{source}: expected {kind} of at least 0{upper}, got {value!r}"
+        wanted = f"expected {kind} of at least 0{upper}, got {value!r}"
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             raise ValueError(wanted)
         try:
@@ -73,7 +71,11 @@ LIMITS: Mapping[str, Limit] = {
         Limit(name="max_max", figure="max", label="max KLD", unit="nats"),
         Limit(name="max_nan", figure="candidate_nan_count", label="candidate NaN count", integer=True, default=0),
         Limit(
-            name="max_ref_nan", figure="reference_nan_count", label="reference NaN count", integer=True, default=0
+            name="max_ref_nan",
+            figure="reference_nan_count",
+            label="reference NaN count",
+            integer=True,
+            default=0,
         ),
         Limit(name="min_top1", figure="top1_agreement", label="top-1 agreement", greatest=1),
         Limit(name="max_ppl_ratio", figure="ppl_ratio", label="perplexity ratio"),
@@ -91,16 +93,20 @@ def parse_marker(args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict
 
     Raises:
         ValueError: a positional, unknown or badly typed argument; the text names the valid ones.
+
     """
     valid = ", ".join(LIMITS)
     if args:
         raise ValueError(f"the kld marker takes keyword arguments only ({valid}), got {args[0]!r}")
     if unknown := [name for name in kwargs if name not in LIMITS]:
         raise ValueError(f"the kld marker has no argument {unknown[0]!r}; valid are {valid}")
-    return {
-        name: None if value is None else LIMITS[name].parse(value, f"kld marker, {name}")
-        for name, value in kwargs.items()
-    }
+    bounds: dict[str, float | None] = {}
+    for name, value in kwargs.items():
+        try:
+            bounds[name] = None if value is None else LIMITS[name].parse(value)
+        except ValueError as error:
+            raise ValueError(f"kld marker, {name}: {error}") from None
+    return bounds
 
 
 def merge_bounds(*layers: Mapping[str, float | None]) -> dict[str, float]:
@@ -172,8 +178,7 @@ def judge(figures: Mapping[str, Any], bounds: Mapping[str, float]) -> Verdict:
     """Hold figures (by the names of `Summary`) against bounds (by the names of `LIMITS`)."""
     return Verdict(
         checks=tuple(
-            Check(limit=LIMITS[name], value=figures[LIMITS[name].figure], bound=bound)
-            for name, bound in bounds.items()
+            Check(limit=LIMITS[name], value=figures[LIMITS[name].figure], bound=bound) for name, bound in bounds.items()
         )
     )
 

@@ -42,7 +42,7 @@ def attach_result(item: pytest.Item, report: pytest.TestReport) -> None:
     result = _result(item, report, kld)
     item.user_properties.extend(result.properties())
     report.user_properties = list(item.user_properties)
-    report.kld = result.to_json()
+    report.kld = result.to_json()  # type: ignore[attr-defined]
     if kld is not None and report.failed and _verdict(kld).passed is False and not _is_verdict(report):
         report.sections.append(("kld", explain(kld, _verdict(kld))))
 

@@ -28,6 +28,7 @@ class Head:
         bias: [V] or None.
         scale: factor on the product (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`).
         softcap: c in c · tanh(z / c) (Gemma 2's `final_logit_softcapping`), or None.
+
     """
 
     weight: Tensor
@@ -68,6 +69,7 @@ class Head:
 
         Returns:
             [N, V]; float32 (or float64) for `exact`, the engine's dtype for `native`.
+
         """
         if mode == "native":
             weight, bias = self.weight.to(hidden.dtype), self.bias
@@ -106,6 +108,7 @@ class HeadCheck:
         rows: finite rows compared.
         worst: largest |difference| in units of what the engine's dtype can represent; at most 1 is faithful.
         mean_kl: mean KL(recomputed ‖ engine's) in nats: the engine's own rounding, if the head is faithful.
+
     """
 
     rows: int
@@ -134,6 +137,7 @@ def check_head(head: Head, hidden: Tensor, engine_logits: Tensor) -> HeadCheck:
         head: what is to be proved.
         hidden: [K, H].
         engine_logits: [K, V] of the same rows, in the engine's dtype.
+
     """
     finite = hidden.isfinite().all(-1)
     if not torch.equal(finite, engine_logits.isfinite().all(-1)):

@@ -6,13 +6,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pytest_kld.cache import Cache
-from pytest_kld.capture import MANIFEST, SCHEMA, Capture, is_capture
+from pytest_kld.capture import MANIFEST, SCHEMA, Capture
 from pytest_kld.compare import compare, scores_key
 from pytest_kld.corpus import load_corpus
 from pytest_kld.device import pick_device
 from pytest_kld.engines.transformers import TransformersEngine
 from pytest_kld.errors import ModelError
-from pytest_kld.recording import Recording
+from pytest_kld.models import is_capture
+from pytest_kld.recording import Recording, require_vocabulary
 from pytest_kld.scores import Scores
 from pytest_kld.windows import Windows, check_same_tokens, cut_windows, load_tokenizer
 
@@ -34,6 +35,7 @@ class Measurement:
 
         Raises:
             CacheError: the cache directory cannot be written.
+
         """
         self.config = config
         self.progress = progress
@@ -48,13 +50,15 @@ class Measurement:
 
         Raises:
             ModelError: none is named, or it is not there.
+
         """
         model = self.config.tokenizer or self.config.ref
         if model is None:
             raise ModelError("there is no tokenizer: give --kld-ref or --kld-tokenizer")
         if is_capture(model.path):
             raise ModelError(
-                f"{model.path} is a capture and has no tokenizer: name the model that it was made from with --kld-tokenizer"
+                f"{model.path} is a capture and has no tokenizer: name the model that it was made from with "
+                "--kld-tokenizer"
             )
         return model.pin()
 
@@ -64,12 +68,16 @@ class Measurement:
         return load_tokenizer(self.tokenizer_model, trust_remote_code=self.config.trust_remote_code)
 
     def windows(self) -> Windows:
-        """Load the text and cut it."""
+        """Load the text and cut it, once every model that is named is known to be there."""
         config = self.config
+        for model in (config.ref, *config.candidate):
+            if model is not None and not is_capture(model.path):
+                model.pin()
+        tokenizer = self.tokenizer
         corpus = load_corpus(config.dataset, config.base)
         return cut_windows(
             corpus,
-            self.tokenizer,
+            tokenizer,
             count=config.windows,
             size=config.window_size,
             stride=config.stride,
@@ -85,8 +93,8 @@ class Measurement:
     ) -> Capture:
         """Return a candidate's capture, from the cache or made now.
 
-        Before the candidate's model is loaded, its token ids are checked to mean what the reference's mean, and
-        the reference's capture is verified.
+        Before the candidate's model is loaded, the reference's capture is verified: what was expensive should not
+        turn out to be in vain.
         """
         return self._obtain(model, arguments, windows, reference)
 
@@ -129,8 +137,10 @@ class Measurement:
             if not self._is_there(entry / MANIFEST):
                 if self.config.refresh or entry.exists():
                     self.cache.discard(entry)
-                if reference is not None:
-                    self._check_tokenizer(model, windows)
+                if reference is None:
+                    self._check_candidates(windows)
+                else:
+                    self._check_candidate(model, arguments, windows)
                     reference.verify()
                 recording = Recording(
                     engine=self.engine,
@@ -143,13 +153,20 @@ class Measurement:
                 recording.run(self.cache, entry, self.progress)
         return Capture.open(entry, windows)
 
-    def _check_tokenizer(self, model: ModelSpec, windows: Windows) -> None:
+    def _check_candidates(self, windows: Windows) -> None:
+        """Find what is wrong with a candidate before the reference is run, which may take hours."""
+        for model in self.config.candidate:
+            if not is_capture(model.path):
+                self._check_candidate(model.pin(), {}, windows)
+
+    def _check_candidate(self, model: ModelSpec, arguments: Mapping[str, Any], windows: Windows) -> None:
+        require_vocabulary(self.engine.facts(model, arguments).vocab_size, windows, model.label)
         if self.config.tokenizer is not None:
             return  # named for both sides
         try:
             theirs = load_tokenizer(model, trust_remote_code=self.config.trust_remote_code)
         except ModelError:
-            return  # a candidate without a tokenizer is run on the reference's ids, as every other
+            return  # a candidate without a tokenizer is run on the reference's ids, as every other is
         check_same_tokens(windows, self.tokenizer, theirs, model.label)
 
     def _is_there(self, made: Path) -> bool:

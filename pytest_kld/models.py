@@ -10,6 +10,8 @@ from typing import Any
 from pytest_kld.errors import ModelError
 from pytest_kld.files import sha256_of_json
 
+CAPTURE_FILES = ("capture.json", "0.safetensors")
+"""What captures begin with: the manifest, or the first window of the original layout."""
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
@@ -21,6 +23,7 @@ class ModelSpec:
         name: what the user wrote, without the revision; shown in reports.
         path: its directory, when it is local.
         revision: branch, tag or commit on the hub; None means the default branch.
+
     """
 
     name: str
@@ -36,10 +39,13 @@ class ModelSpec:
             base: the directory that a relative path starts from.
 
         Raises:
-            ValueError: neither a directory nor the form of a hub id.
+            ValueError: neither a directory with a model or a capture, nor the form of a hub id.
+
         """
         path = (base / Path(text).expanduser()).resolve()
         if path.is_dir():
+            if not (path / "config.json").is_file() and not is_capture(path):
+                raise ValueError(f"{path} is neither a model directory (no config.json) nor a capture")
             return cls(name=text, path=path)
         name, _, revision = text.partition("@")
         if not _HUB_ID.fullmatch(name) or ("@" in text and not revision):
@@ -57,14 +63,13 @@ class ModelSpec:
         return str(self.path) if self.path else self.name
 
     def pin(self) -> ModelSpec:
-        """Resolve a hub id to its commit, so that what is loaded is what is keyed; check a local directory.
+        """Resolve a hub id to its commit, so that what is loaded is what is keyed.
 
         Raises:
             ModelError: the model is not there, or the hub cannot be reached and has left nothing in its cache.
+
         """
         if self.path:
-            if not (self.path / "config.json").is_file():
-                raise ModelError(f"{self.path} holds no config.json: it is not a model directory")
             return self
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -90,12 +95,14 @@ class ModelSpec:
         files = sorted(path for path in self.path.rglob("*") if path.is_file() and not _hidden(path, self.path))
         return {
             "local": sha256_of_json(
-                [
-                    [str(path.relative_to(self.path)), path.stat().st_size, path.stat().st_mtime_ns]
-                    for path in files
-                ]
+                [[str(path.relative_to(self.path)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
             )
         }
+
+
+def is_capture(path: Path | None) -> bool:
+    """Tell whether a directory is a capture (see capture.py) rather than a model."""
+    return path is not None and any((path / name).is_file() for name in CAPTURE_FILES)
 
 
 def _hidden(path: Path, root: Path) -> bool:

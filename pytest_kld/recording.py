@@ -50,6 +50,7 @@ class Recording:
         windows: what it runs over.
         store: what is kept, as the user asked for it.
         key: what determines the bits; names the cache entry.
+
     """
 
     engine: Engine
@@ -65,6 +66,7 @@ class Recording:
         Raises:
             KLDError: the model does not load, its vocabulary does not hold the windows' ids, its head is not what
                 was asked for, or the disk is too small. Complete windows stay and are used by the next try.
+
         """
         facts = self.engine.facts(self.model, self.arguments)
         require_vocabulary(facts.vocab_size, self.windows, self.model.label)
@@ -103,7 +105,9 @@ class Recording:
         if head is not None:
             return head, "hidden", reason
         if self.store == "hidden":
-            raise CaptureError(f"{self.model.label}: --kld-store=hidden is not possible: {reason}. Give auto or logits.")
+            raise CaptureError(
+                f"{self.model.label}: --kld-store=hidden is not possible: {reason}. Give auto or logits."
+            )
         return None, "logits", reason
 
     def _prove(self, loaded: LoadedModel, probe: Prefill) -> tuple[Head | None, str]:
@@ -194,9 +198,7 @@ class Recording:
             "files": files,
         }
 
-    def _require_free(
-        self, cache: Cache, entry: Path, facts: ModelFacts, store: str, progress: Progress
-    ) -> None:
+    def _require_free(self, cache: Cache, entry: Path, facts: ModelFacts, store: str, progress: Progress) -> None:
         kept = sum(path.stat().st_size for path in cache.partial(entry).rglob("*") if path.is_file())
         needed = max(0, capture_bytes(facts, self.windows, store, len(self.check_rows)) - kept)
         what = f"the capture of {self.model.label} ({self.windows.count} windows, store {store})"
@@ -209,6 +211,7 @@ def require_vocabulary(vocab_size: int, windows: Windows, label: str) -> None:
 
     Raises:
         ModelError: names the id and both sizes.
+
     """
     greatest = int(windows.token_ids.max())
     if greatest >= vocab_size:
@@ -220,7 +223,7 @@ def require_vocabulary(vocab_size: int, windows: Windows, label: str) -> None:
 
 def capture_bytes(facts: ModelFacts, windows: Windows, store: str, check_rows: int) -> int:
     """Return the bytes that a capture takes on disk, to within the files' headers."""
-    itemsize = getattr(torch, facts.dtype).itemsize
+    itemsize: int = getattr(torch, facts.dtype).itemsize
     positions = windows.count * windows.size
     if store == "hidden":
         head = facts.vocab_size * facts.hidden_size * itemsize

@@ -29,6 +29,7 @@ class GateResult:
         checks: each limit with `limit`, `figure`, `value`, `bound`, `passed`.
         about: what was compared and how, from the scores; None if not measured.
         seconds: how long the test took, its share of shared set-up included.
+
     """
 
     nodeid: str

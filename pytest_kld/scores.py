@@ -47,6 +47,7 @@ class Scores:
     Attributes:
         columns: the arrays named in `COLUMNS`, each [windows, positions].
         about: what was compared and how: both captures, protocol, head, versions. Plain JSON.
+
     """
 
     columns: dict[str, NDArray[Any]]
@@ -68,6 +69,7 @@ class Scores:
 
         Raises:
             ScoresError: the file is truncated, altered, or of another schema.
+
         """
         try:
             with safe_open(path, framework="numpy") as file:
@@ -104,6 +106,7 @@ class Summary:
         ppl_ratio: candidate_ppl / reference_ppl.
         log_ppl_ratio: its natural logarithm.
         rms_delta_p: root mean square of p_candidate(label) − p_reference(label), as llama.cpp reports it.
+
     """
 
     positions: int
@@ -131,6 +134,7 @@ class Summary:
 
         Raises:
             ScoresError: there is not one position where both sides are finite.
+
         """
         columns = scores.columns
         flags = columns["flags"]

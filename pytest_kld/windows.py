@@ -34,6 +34,7 @@ class Windows:
         tokenizer: the label of the model whose tokenizer cut it.
         bos: the id that stands in place of each window's first token, where the tokenizer puts one before a
             text (as llama.cpp's perplexity does); None where it does not.
+
     """
 
     token_ids: NDArray[np.int32]
@@ -79,6 +80,7 @@ def load_tokenizer(model: ModelSpec, *, trust_remote_code: bool) -> PreTrainedTo
 
     Raises:
         ModelError: it has none, or it cannot be loaded.
+
     """
     from transformers import AutoTokenizer
 
@@ -119,9 +121,12 @@ def cut_windows(
 
     Raises:
         CorpusError: the text gives fewer windows than asked for, or a window is too short to score.
+
     """
     if size < MIN_WINDOW_SIZE:
-        raise CorpusError(f"--kld-window-size: a window of {size} token predicts nothing; give {MIN_WINDOW_SIZE} or more")
+        raise CorpusError(
+            f"--kld-window-size: a window of {size} token predicts nothing; give {MIN_WINDOW_SIZE} or more"
+        )
     # One long text is meant here, so the tokenizer's warning about the model's context length is not.
     ids = tokenizer(corpus.text, add_special_tokens=False, verbose=False)["input_ids"]
     available = max(0, (len(ids) - size) // stride + 1) if len(ids) >= size else 0
@@ -165,6 +170,7 @@ def check_same_tokens(
 
     Raises:
         ModelError: names the first id that differs.
+
     """
     used = np.unique(windows.token_ids).tolist()
     ours, theirs = reference.convert_ids_to_tokens(used), candidate.convert_ids_to_tokens(used)

@@ -25,6 +25,7 @@ class ModelFacts:
         hidden_size: width of the last hidden state.
         dtype: dtype of hidden states and logits, e.g. `bfloat16`.
         quantization: the quantization method's name, or None.
+
     """
 
     model_class: str
@@ -46,6 +47,7 @@ class Prefill:
         window: its index.
         hidden: [N, H], what went into the head, in the engine's dtype; None if that was not seen.
         logits: [N, V] or, where rows were asked for, [K, V]: the engine's own, in its dtype.
+
     """
 
     window: int
@@ -64,15 +66,14 @@ class LoadedModel(Protocol):
     def heads(self) -> Sequence[Head]:
         """What its head may be, likeliest first; empty if it has no plain one. The check rows decide."""
 
-    def prefill(
-        self, windows: Windows, indices: Sequence[int], rows: Sequence[int] | None
-    ) -> Iterator[Prefill]:
+    def prefill(self, windows: Windows, indices: Sequence[int], rows: Sequence[int] | None) -> Iterator[Prefill]:
         """Run windows and yield what came out, in any order.
 
         Args:
             windows: all windows.
             indices: which to run.
             rows: positions whose logits are wanted; None means all of them.
+
         """
 
 

@@ -40,6 +40,7 @@ class TransformersEngine:
         dtype: `auto` (the checkpoint's) or a torch dtype's name.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         trust_remote_code: whether a repository's own code may run.
+
     """
 
     dtype: str = "auto"
@@ -94,7 +95,8 @@ class TransformersEngine:
             raise ModelError(f"transformers cannot load {model.label}: {type(error).__name__}: {error}") from error
         if device.type != "cpu" and "device_map" not in options:
             network.to(device)  # type: ignore[arg-type]
-        return network.eval()
+        network.eval()
+        return network
 
 
 @dataclass(slots=True)
@@ -116,7 +118,7 @@ class LoadedTransformer:
         """What its head may be: a plain linear one, with each reading of the config's transforms."""
         module, config = self._loaded.get_output_embeddings(), self._loaded.config.get_text_config()
         weight = getattr(module, "weight", None)
-        if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.dim() != 2:  # noqa: PLR2004
+        if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.dim() != 2:
             return []
         factors = [float(value) for name in _SCALES if (value := getattr(config, name, None))]
         scales = [*factors, *(1 / factor for factor in factors), 1.0]

@@ -95,15 +95,15 @@ class TerminalTask:
         self._say(f"done in {format_seconds(time.monotonic() - self._started)}", last=True)
 
     def _say(self, text: str, *, last: bool) -> None:
-        self._progress._write(f"kld: {self._name}: {self._done}/{self._total} windows, {text}", last=last)  # noqa: SLF001
+        self._progress._write(f"kld: {self._name}: {self._done}/{self._total} windows, {text}", last=last)
 
 
 def format_seconds(seconds: float) -> str:
     """Return a duration as people say it."""
-    if seconds < 60:  # noqa: PLR2004
+    if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"  # noqa: PLR2004
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def table(results: Sequence[GateResult]) -> list[str]:
@@ -113,7 +113,18 @@ def table(results: Sequence[GateResult]) -> list[str]:
     if measured and measured.figures and measured.about:
         protocol = measured.about["protocol"]
         title += f", dataset: {protocol['dataset']}, {measured.figures['positions']:,} positions"
-    columns = ["Model", "Mean KLD", "Median KLD", "P95 KLD", "P99 KLD", "Max KLD", "NaN", "Top-1", "Verdict", "Band"]
+    columns = [
+        "Model",
+        "Mean KLD",
+        "Median KLD",
+        "P95 KLD",
+        "P99 KLD",
+        "Max KLD",
+        "NaN",
+        "Top-1",
+        "Verdict",
+        "Band",
+    ]
     rows = [columns, *(_row(candidate, group) for candidate, group in by_candidate(results).items())]
     widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
     left = (0, 8, 9)

@@ -1,0 +1,100 @@
+"""Tiny real models and a tiny real tokenizer, made once a session; nothing here needs a hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+
+from pytest_kld.corpus import load_corpus
+from pytest_kld.models import ModelSpec
+from pytest_kld.windows import Windows, cut_windows, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+VOCAB_SIZE = 1024
+TINY: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+}
+SMALL_RUN = ("--kld-dataset=python-docs", "--kld-windows=3", "--kld-window-size=64", "--kld-stride=32")
+"""Options of a run that takes a second: three windows of 64 tokens."""
+
+
+class MakeModel(Protocol):
+    def __call__(
+        self, name: str, config: PretrainedConfig | None = None, *, noise: float = 0.0, tokenizer: bool = True
+    ) -> Path: ...
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the text that the tests run on; it uses 1,000 ids of 1,024."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    bpe.train_from_iterator([load_corpus("python-docs", Path()).text[:50_000]], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe)
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> MakeModel:
+    """Return a function that saves a random model, always the same one but for `noise` on its weights."""
+    root = tmp_path_factory.mktemp("models")
+
+    def make(name: str, config: PretrainedConfig | None = None, *, noise: float = 0.0, tokenizer: bool = True) -> Path:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config or Qwen3Config(**TINY, tie_word_embeddings=False))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=noise)
+            # Random heads give nearly flat distributions; sharper ones make a better test.
+            model.get_output_embeddings().weight.mul_(20)
+        model.save_pretrained(root / name)
+        if tokenizer:
+            saved_tokenizer.save_pretrained(root / name)
+        return root / name
+
+    saved_tokenizer = tokenizer
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference_dir(make_model: MakeModel) -> Path:
+    """A tiny dense Qwen3."""
+    return make_model("reference")
+
+
+@pytest.fixture(scope="session")
+def candidate_dir(make_model: MakeModel) -> Path:
+    """The same model with a little noise: mean KL between 0.001 and 0.1 nats."""
+    return make_model("candidate", noise=0.0005)
+
+
+@pytest.fixture(scope="session")
+def broken_dir(make_model: MakeModel) -> Path:
+    """The same model with much noise: mean KL above 0.1 nats."""
+    return make_model("broken", noise=0.005)
+
+
+@pytest.fixture
+def windows(reference_dir: Path) -> Windows:
+    """Three windows of 64 tokens at stride 32, as `SMALL_RUN` asks for."""
+    loaded = load_tokenizer(ModelSpec.parse(str(reference_dir), Path()), trust_remote_code=False)
+    return cut_windows(
+        load_corpus("python-docs", Path()), loaded, count=3, size=64, stride=32, label=str(reference_dir)
+    )
