@@ -71,6 +71,7 @@ class Recording:
         facts = self.engine.facts(self.model, self.arguments)
         require_vocabulary(facts.vocab_size, self.windows, self.model.label)
         self._require_free(cache, entry, facts, "hidden" if self.store == "auto" else self.store, progress)
+        progress.note(f"loading {self.model.label}")
         with self.engine.open(self.model, self.arguments) as loaded:
             head, store, reason = self._choose_store(loaded)
             if store != "hidden" and self.store == "auto":

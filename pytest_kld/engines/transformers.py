@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
 
 from pytest_kld.device import pick_device
 from pytest_kld.engines import ModelFacts, Prefill
@@ -90,7 +91,8 @@ class TransformersEngine:
         if model.revision:
             options["revision"] = model.revision
         try:
-            network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model.source, **options)
+            with _no_progress_bar():
+                network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model.source, **options)
         except Exception as error:  # loaders, quantizers and remote code raise whatever they like
             raise ModelError(f"transformers cannot load {model.label}: {type(error).__name__}: {error}") from error
         if device.type != "cpu" and "device_map" not in options:
@@ -199,6 +201,18 @@ def versions(*packages: str) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Silence transformers' own bar, which pytest would capture and show with a failure."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def _as_json(value: Any) -> Any:
