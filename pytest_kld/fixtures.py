@@ -33,7 +33,7 @@ def _measuring() -> Iterator[None]:
             warnings.simplefilter("default")
             yield
     except KLDError as error:
-        pytest.fail(f"{type(error).__name__}: {error}", pytrace=False)
+        raise pytest.fail.Exception(f"{type(error).__name__}: {error}", pytrace=False) from None
 
 
 class KLD:

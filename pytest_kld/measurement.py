@@ -13,7 +13,7 @@ from pytest_kld.device import pick_device
 from pytest_kld.engines.transformers import TransformersEngine
 from pytest_kld.errors import ModelError
 from pytest_kld.models import is_capture
-from pytest_kld.recording import Recording, require_vocabulary
+from pytest_kld.recording import Recording, require_fits
 from pytest_kld.scores import Scores
 from pytest_kld.windows import Windows, check_same_tokens, cut_windows, load_tokenizer
 
@@ -160,7 +160,7 @@ class Measurement:
                 self._check_candidate(model.pin(), {}, windows)
 
     def _check_candidate(self, model: ModelSpec, arguments: Mapping[str, Any], windows: Windows) -> None:
-        require_vocabulary(self.engine.facts(model, arguments).vocab_size, windows, model.label)
+        require_fits(self.engine.facts(model, arguments), windows, model.label)
         if self.config.tokenizer is not None:
             return  # named for both sides
         try:

@@ -69,7 +69,7 @@ class Recording:
 
         """
         facts = self.engine.facts(self.model, self.arguments)
-        require_vocabulary(facts.vocab_size, self.windows, self.model.label)
+        require_fits(facts, self.windows, self.model.label)
         self._require_free(cache, entry, facts, "hidden" if self.store == "auto" else self.store, progress)
         progress.note(f"loading {self.model.label}")
         with self.engine.open(self.model, self.arguments) as loaded:
@@ -207,18 +207,23 @@ class Recording:
         progress.note(f"{what} needs {format_bytes(needed)}; {format_bytes(free)} are free")
 
 
-def require_vocabulary(vocab_size: int, windows: Windows, label: str) -> None:
-    """Refuse a model that has no column for an id that the windows use.
+def require_fits(facts: ModelFacts, windows: Windows, label: str) -> None:
+    """Refuse a model that cannot be run on these windows.
 
     Raises:
-        ModelError: names the id and both sizes.
+        ModelError: it has no column for an id that they use, or they are longer than its context.
 
     """
     greatest = int(windows.token_ids.max())
-    if greatest >= vocab_size:
+    if greatest >= facts.vocab_size:
         raise ModelError(
-            f"the vocabulary of {label} has {vocab_size:,} tokens, and the windows use id {greatest:,}: it is not the "
-            f"vocabulary of the tokenizer of {windows.tokenizer}. Name the right tokenizer with --kld-tokenizer."
+            f"the vocabulary of {label} has {facts.vocab_size:,} tokens, and the windows use id {greatest:,}: it is "
+            f"not the vocabulary of the tokenizer of {windows.tokenizer}. Name the right one with --kld-tokenizer."
+        )
+    if facts.context_length is not None and windows.size > facts.context_length:
+        raise ModelError(
+            f"{label} is made for {facts.context_length:,} positions and the windows have {windows.size:,}. Give a "
+            "smaller --kld-window-size (and --kld-stride)."
         )
 
 

@@ -23,6 +23,7 @@ class ModelFacts:
         model_class: the architecture's name.
         vocab_size: columns of the logits that are tokens, by the model's config; more are padding.
         hidden_size: width of the last hidden state.
+        context_length: positions that the model is made for, or None if its config does not say.
         dtype: dtype of hidden states and logits, e.g. `bfloat16`.
         quantization: the quantization method's name, or None.
 
@@ -31,6 +32,7 @@ class ModelFacts:
     model_class: str
     vocab_size: int
     hidden_size: int
+    context_length: int | None
     dtype: str
     quantization: str | None
 

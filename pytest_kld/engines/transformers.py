@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from pytest_kld.device import pick_device
 from pytest_kld.engines import ModelFacts, Prefill
-from pytest_kld.errors import ModelError
+from pytest_kld.errors import CaptureError, ModelError
 from pytest_kld.head import Head
 
 if TYPE_CHECKING:
@@ -90,11 +90,18 @@ class TransformersEngine:
         options = {"dtype": dtype, "trust_remote_code": self.trust_remote_code, **arguments}
         if model.revision:
             options["revision"] = model.revision
+        load: Any = AutoModelForCausalLM.from_pretrained
+        network: PreTrainedModel
         try:
             with _no_progress_bar():
-                network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model.source, **options)
+                network, info = load(model.source, output_loading_info=True, **options)
         except Exception as error:  # loaders, quantizers and remote code raise whatever they like
             raise ModelError(f"transformers cannot load {model.label}: {type(error).__name__}: {error}") from error
+        if lacking := [*info["missing_keys"], *info["mismatched_keys"]]:
+            raise ModelError(  # transformers only warns, and fills them with random numbers
+                f"{model.label}: the checkpoint lacks {len(lacking)} of the model's weights or has them in another "
+                f"shape, e.g. {lacking[0]}. It is incomplete, or transformers does not support its format."
+            )
         if device.type != "cpu" and "device_map" not in options:
             network.to(device)  # type: ignore[arg-type]
         network.eval()
@@ -142,7 +149,12 @@ class LoadedTransformer:
             for index in indices:
                 self._seen.clear()
                 ids = torch.from_numpy(windows.token_ids[index]).long()[None].to(network.device)
-                logits = network(input_ids=ids, use_cache=False).logits[0]
+                try:
+                    logits = network(input_ids=ids, use_cache=False).logits[0]
+                except Exception as error:  # out of memory, kernels that are not there, remote code
+                    raise CaptureError(
+                        f"{self.label}, window {index}: the forward pass failed: {type(error).__name__}: {error}"
+                    ) from error
                 # A head that runs more than once (speculative layers) or not at all is not understood here.
                 hidden = self._seen[0] if len(self._seen) == 1 else None
                 if selected is not None and len(logits) == windows.size:
@@ -187,6 +199,7 @@ def _facts(config: PretrainedConfig, dtype: str | None, arguments: Mapping[str, 
         model_class=(config.architectures or [type(config).__name__])[0],
         vocab_size=text.vocab_size,
         hidden_size=text.hidden_size,
+        context_length=getattr(text, "max_position_embeddings", None),
         dtype=dtype or str(text.dtype or config.dtype or torch.float32).removeprefix("torch."),
         quantization=None if method is None else str(getattr(method, "value", method)),
     )
