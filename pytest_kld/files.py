@@ -9,8 +9,6 @@ import uuid
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 from pytest_kld.errors import CacheError
 
 if TYPE_CHECKING:
@@ -26,6 +24,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         CacheError: the disk is full or the directory cannot be written.
 
     """
+    from safetensors import SafetensorError  # not needed where the plugin is only loaded
+
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
