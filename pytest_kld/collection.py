@@ -46,16 +46,19 @@ def request_fixture_of_marked(collector: pytest.Module | pytest.Class, name: str
 
 
 def parametrize_candidates(metafunc: pytest.Metafunc) -> None:
-    """Run a test that needs candidates once for each, unless it brings its own."""
-    if "kld_candidate" not in metafunc.fixturenames:
-        return
+    """Run a test that needs candidates once for each, and for each MoE backend, unless it brings its own."""
+    config = metafunc.config.stash[CONFIG]
+    for fixture, values in (("kld_candidate", config.candidate), ("kld_moe_backend", config.moe_backend)):
+        if values and fixture in metafunc.fixturenames and not _is_parametrized(metafunc, fixture):
+            metafunc.parametrize(fixture, values, indirect=True, scope="session", ids=_id)
+
+
+def _is_parametrized(metafunc: pytest.Metafunc, fixture: str) -> bool:
     for mark in metafunc.definition.iter_markers("parametrize"):
         names = mark.args[0] if mark.args else mark.kwargs["argnames"]
-        if "kld_candidate" in (names.split(",") if isinstance(names, str) else names):
-            return
-    candidates = metafunc.config.stash[CONFIG].candidate
-    if candidates:
-        metafunc.parametrize("kld_candidate", candidates, indirect=True, scope="session", ids=_id)
+        if fixture in (names.replace(" ", "").split(",") if isinstance(names, str) else names):
+            return True
+    return False
 
 
 def add_builtin_gate(session: pytest.Session, items: list[pytest.Item]) -> None:
@@ -95,5 +98,5 @@ def _own_marks(obj: object) -> list[pytest.Mark]:
     return [mark.mark if isinstance(mark, pytest.MarkDecorator) else mark for mark in marks]
 
 
-def _id(model: ModelSpec) -> str:
-    return model.label
+def _id(value: ModelSpec | str) -> str:
+    return value if isinstance(value, str) else value.label

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any, Literal
 
 import pytest
 
+from pytest_kld.engines.sglang_arguments import check_arguments, parse_command
+from pytest_kld.errors import ServerError
 from pytest_kld.gate import DEFAULT_BOUNDS, LIMITS, Limit, merge_bounds
 from pytest_kld.models import ModelSpec
 
@@ -84,6 +87,28 @@ def _device(text: str, _: Path) -> str:
     return text
 
 
+def _server_flags(text: str, _: Path) -> tuple[str, ...]:
+    flags = tuple(shlex.split(text))
+    try:
+        check_arguments(flags, text)
+    except ServerError as error:
+        raise ValueError(str(error)) from None
+    return flags
+
+
+def _variable(text: str, _: Path) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise ValueError(f"expected NAME=VALUE, got {text!r}")
+    return name, value
+
+
+def _url(text: str, _: Path) -> str:
+    if not text.startswith(("http://", "https://")):
+        raise ValueError(f"expected http://HOST:PORT, got {text!r}")
+    return text.rstrip("/")
+
+
 def _bound(limit: Limit) -> Callable[[str, Path], float]:
     return lambda text, _: limit.parse(text)
 
@@ -136,6 +161,13 @@ OPTIONS: tuple[Option, ...] = (
         help="Distance between the starts of two windows in tokens.",
     ),
     Option(
+        name="engine",
+        metavar="ENGINE",
+        default="auto",
+        parse=_choice("auto", "sglang", "transformers"),
+        help="What runs the models: sglang (servers), transformers (in this process), or auto (sglang where it is).",
+    ),
+    Option(
         name="dtype",
         metavar="DTYPE",
         default="auto",
@@ -153,6 +185,77 @@ OPTIONS: tuple[Option, ...] = (
         name="trust_remote_code",
         flag=True,
         help="Allow models and tokenizers to run code from their repository. Default: off.",
+    ),
+    Option(
+        name="sglang_command",
+        metavar="COMMAND",
+        parse=lambda text, _: parse_command(text),
+        help="What starts SGLang, ending with `-m sglang.launch_server`: another interpreter, docker run, srun. "
+        "Default: this interpreter.",
+    ),
+    Option(
+        name="ref_args",
+        metavar="FLAGS",
+        parse=_server_flags,
+        help='Flags for the reference\'s SGLang server, e.g. "--tp 8 --kv-cache-dtype bfloat16".',
+    ),
+    Option(
+        name="candidate_args",
+        metavar="FLAGS",
+        parse=_server_flags,
+        help="Flags for the candidates' SGLang servers.",
+    ),
+    Option(
+        name="ref_env",
+        metavar="NAME=VALUE",
+        parse=_variable,
+        repeatable=True,
+        help="Environment variable for the reference's SGLang server; repeatable.",
+    ),
+    Option(
+        name="candidate_env",
+        metavar="NAME=VALUE",
+        parse=_variable,
+        repeatable=True,
+        help="Environment variable for the candidates' SGLang servers; repeatable.",
+    ),
+    Option(
+        name="moe_backend",
+        metavar="BACKEND",
+        repeatable=True,
+        help="MoE runner backend of SGLang to gate each candidate with, a test for each; repeatable.",
+    ),
+    Option(
+        name="ref_url",
+        metavar="URL",
+        parse=_url,
+        help="Running SGLang server with the capture hook to use for the reference instead of booting one.",
+    ),
+    Option(
+        name="candidate_url",
+        metavar="URL",
+        parse=_url,
+        repeatable=True,
+        help="The same for the candidates: one for each --kld-candidate, in the same order.",
+    ),
+    Option(
+        name="api_key_env",
+        metavar="NAME",
+        help="Environment variable with the API key of servers that are named by URL.",
+    ),
+    Option(
+        name="capture_dir",
+        metavar="DIR",
+        parse=_path,
+        help="Directory that this process and SGLang's see under the same path, for what the hook writes. "
+        "Default: spool in the cache directory.",
+    ),
+    Option(
+        name="startup_timeout",
+        metavar="SECONDS",
+        default="1800",
+        parse=_positive,
+        help="How long a SGLang server may take to become ready.",
     ),
     Option(
         name="store",
@@ -220,9 +323,21 @@ class KLDConfig:
     windows: int | None
     window_size: int
     stride: int
+    engine: str
     dtype: str
     device: str
     trust_remote_code: bool
+    sglang_command: tuple[str, ...] | None
+    ref_args: tuple[str, ...]
+    candidate_args: tuple[str, ...]
+    ref_env: tuple[tuple[str, str], ...]
+    candidate_env: tuple[tuple[str, str], ...]
+    moe_backend: tuple[str, ...]
+    ref_url: str | None
+    candidate_url: tuple[str, ...]
+    api_key_env: str | None
+    capture_dir: Path | None
+    startup_timeout: int
     store: Store
     head: HeadMode
     cache_dir: Path
@@ -235,6 +350,9 @@ class KLDConfig:
     base: Path
     started: float
 
+
+_TUPLES = {option.name for option in OPTIONS if option.repeatable} | {"ref_args", "candidate_args"}
+"""Settings that are empty, not None, where nobody gives them."""
 
 CONFIG = pytest.StashKey[KLDConfig]()
 
@@ -278,16 +396,16 @@ def build_config(config: pytest.Config) -> KLDConfig:
             raw, source = option.default, option.option
         values[option.name] = _parse(option, raw, source, base)
 
+    _check_servers(values)
     by_limit: dict[str, float | None] = {name: value for name in LIMITS if (value := values.pop(name)) is not None}
     from_options = [option.option for option in OPTIONS if option.name in LIMITS and option.name in given]
+    for name in _TUPLES:
+        values[name] = values[name] or ()
+    values["trust_remote_code"] = bool(values["trust_remote_code"])
+    values["refresh"] = bool(values["refresh"])
+    values["cache_dir"] = values["cache_dir"] or _default_cache_dir()
     return KLDConfig(
-        **{
-            **values,
-            "candidate": values["candidate"] or (),
-            "trust_remote_code": bool(values["trust_remote_code"]),
-            "refresh": bool(values["refresh"]),
-            "cache_dir": values["cache_dir"] or _default_cache_dir(),
-        },
+        **values,
         bounds=merge_bounds(by_limit, dict(DEFAULT_BOUNDS)),
         given_limits=tuple(from_options),
         given_candidates="candidate" in given,
@@ -308,6 +426,22 @@ def _parse(option: Option, raw: Any, source: str, base: Path) -> Any:
     except ValueError as error:
         raise pytest.UsageError(f"{source}: {error}") from None
     return specs
+
+
+def _check_servers(values: dict[str, Any]) -> None:
+    """Refuse options that contradict each other."""
+    candidates, urls = values["candidate"] or (), values["candidate_url"] or ()
+    if urls and len(urls) != len(candidates):
+        raise pytest.UsageError(
+            f"--kld-candidate-url: {len(urls)} URLs for {len(candidates)} candidates; give one for each, in their order"
+        )
+    if values["moe_backend"] and (urls or values["engine"] == "transformers"):
+        raise pytest.UsageError("--kld-moe-backend needs SGLang servers that are booted here, one for each backend")
+    if (urls or values["ref_url"]) and not values["capture_dir"]:
+        raise pytest.UsageError(
+            "--kld-ref-url and --kld-candidate-url need --kld-capture-dir: the directory that the server's environment "
+            "variable PYTEST_KLD_CAPTURE_DIR names, as this machine sees it"
+        )
 
 
 def _default_cache_dir() -> Path:

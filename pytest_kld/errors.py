@@ -23,3 +23,7 @@ class CacheError(KLDError):
 
 class ScoresError(KLDError):
     """A scores table is corrupt or holds not one valid position."""
+
+
+class ServerError(KLDError):
+    """A server did not boot, died, or answered with something else than was asked for."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_kld.config import CONFIG, KLDConfig
+from pytest_kld.engines.selection import EngineArguments, Role
 from pytest_kld.errors import KLDError, ModelError
 from pytest_kld.gate import Figure, merge_bounds, parse_marker
 from pytest_kld.models import ModelSpec
@@ -17,6 +18,7 @@ from pytest_kld.report.terminal import TerminalProgress
 
 if TYPE_CHECKING:
     from pytest_kld.capture import Capture
+    from pytest_kld.engines.sglang_servers import ServerHandle
     from pytest_kld.measurement import Measurement
     from pytest_kld.scores import Scores
     from pytest_kld.windows import Windows
@@ -151,11 +153,68 @@ def kld_candidate_args() -> Mapping[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def _kld_measurement(kld_config: KLDConfig, request: pytest.FixtureRequest) -> Measurement:
+def kld_server_args() -> Mapping[str, Sequence[str]]:
+    """Override: further flags for SGLang's servers, e.g. `{"reference": ["--tp", "8"], "candidate": ["--tp", "4"]}`."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def kld_server_env() -> Mapping[str, Mapping[str, str]]:
+    """Override: further environment variables for SGLang's servers, e.g. `{"candidate": {"NCCL_P2P_LEVEL": "SYS"}}`."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def kld_moe_backend(request: pytest.FixtureRequest) -> str | None:
+    """The MoE runner backend that a candidate is served with; None leaves it to SGLang.
+
+    Parametrized over `--kld-moe-backend`; a test's own
+    `@pytest.mark.parametrize("kld_moe_backend", ["triton", …], indirect=True)` takes the place of that.
+    """
+    backend: str | None = getattr(request, "param", None)
+    return backend
+
+
+@pytest.fixture(scope="session")
+def _kld_measurement(kld_config: KLDConfig, request: pytest.FixtureRequest) -> Iterator[Measurement]:
     with _measuring():
         from pytest_kld.measurement import Measurement
 
-        return Measurement(kld_config, TerminalProgress(request.config))
+        measurement = Measurement(kld_config, TerminalProgress(request.config))
+    yield measurement
+    measurement.engine.close()
+
+
+@pytest.fixture(scope="session")
+def _kld_arguments(
+    kld_config: KLDConfig,
+    kld_reference_args: Mapping[str, Any],
+    kld_candidate_args: Mapping[str, Any],
+    kld_server_args: Mapping[str, Sequence[str]],
+    kld_server_env: Mapping[str, Mapping[str, str]],
+) -> EngineArguments:
+    return EngineArguments(
+        config=kld_config,
+        loading={"reference": kld_reference_args, "candidate": kld_candidate_args},
+        server_args=kld_server_args,
+        server_env=kld_server_env,
+    )
+
+
+@pytest.fixture(scope="session")
+def kld_server(_kld_measurement: Measurement, _kld_arguments: EngineArguments) -> Callable[..., ServerHandle]:
+    """A function that boots a SGLang server with the hook on first use and returns its handle.
+
+    Call it with a model as on the command line, and optionally `role="reference"` (flags and environment of the
+    reference; by default the candidates') and `moe_backend`. A server is shut down when another needs its GPUs,
+    before a comparison, and at the end; call the function again for a running one.
+    """
+
+    def serve(model: str, *, role: Role = "candidate", moe_backend: str | None = None) -> ServerHandle:
+        with _measuring():
+            return _kld_measurement.serve(model, _kld_arguments, role, moe_backend)
+
+    return serve
 
 
 @pytest.fixture(scope="session")
@@ -170,23 +229,24 @@ def kld_reference(
     _kld_measurement: Measurement,
     kld_config: KLDConfig,
     kld_windows: Windows,
-    kld_reference_args: Mapping[str, Any],
+    _kld_arguments: EngineArguments,
 ) -> Capture:
     """The reference's capture, from the cache or made now."""
     with _measuring():
         if kld_config.ref is None:
             raise ModelError("there is no reference: give --kld-ref=MODEL, or kld_ref in the ini file")
-        return _kld_measurement.capture(kld_config.ref, kld_reference_args, kld_windows)
+        arguments = _kld_arguments.of("reference", kld_config.ref)
+        return _kld_measurement.capture(kld_config.ref, arguments, kld_windows)
 
 
 @pytest.fixture(scope="session")
 def kld_candidate(
     request: pytest.FixtureRequest,
     _kld_measurement: Measurement,
-    kld_config: KLDConfig,
     kld_windows: Windows,
     kld_reference: Capture,
-    kld_candidate_args: Mapping[str, Any],
+    kld_moe_backend: str | None,
+    _kld_arguments: EngineArguments,
 ) -> Capture:
     """The capture of each candidate in turn, from the cache or made now.
 
@@ -198,11 +258,9 @@ def kld_candidate(
         if model is None:
             raise ModelError("there is no candidate: give --kld-candidate=MODEL, or kld_candidate in the ini file")
         if isinstance(model, str):
-            try:
-                model = ModelSpec.parse(model, kld_config.base)
-            except ValueError as error:
-                raise ModelError(str(error)) from None
-        return _kld_measurement.candidate_capture(model, kld_candidate_args, kld_windows, kld_reference)
+            model = _kld_measurement.find(model)
+        arguments = _kld_arguments.of("candidate", model, kld_moe_backend)
+        return _kld_measurement.candidate_capture(model, arguments, kld_windows, kld_reference)
 
 
 @pytest.fixture(scope="session")
@@ -240,4 +298,6 @@ def candidate_label(item: pytest.Item) -> str:
     """Return the name of the candidate that a test is about."""
     params: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
     model = params.get("kld_candidate", "the kld_candidate fixture")
-    return model.label if isinstance(model, ModelSpec) else str(model)
+    label = model.label if isinstance(model, ModelSpec) else str(model)
+    backend = params.get("kld_moe_backend")
+    return f"{label} ({backend})" if backend else label

@@ -10,9 +10,10 @@ from pytest_kld.capture import MANIFEST, SCHEMA, Capture
 from pytest_kld.compare import compare, scores_key
 from pytest_kld.corpus import load_corpus
 from pytest_kld.device import pick_device
-from pytest_kld.engines.transformers import TransformersEngine
-from pytest_kld.errors import ModelError
-from pytest_kld.models import is_capture
+from pytest_kld.engines.selection import make_engine
+from pytest_kld.engines.sglang import SGLangEngine
+from pytest_kld.errors import ModelError, ServerError
+from pytest_kld.models import ModelSpec, is_capture
 from pytest_kld.recording import Recording, require_fits
 from pytest_kld.scores import Scores
 from pytest_kld.windows import Windows, check_same_tokens, cut_windows, load_tokenizer
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
     from pytest_kld.config import KLDConfig
     from pytest_kld.engines import Engine
-    from pytest_kld.models import ModelSpec
+    from pytest_kld.engines.selection import EngineArguments, Role
+    from pytest_kld.engines.sglang_servers import ServerHandle
     from pytest_kld.progress import Progress
 
 
@@ -40,9 +42,7 @@ class Measurement:
         self.config = config
         self.progress = progress
         self.cache = Cache(config.cache_dir)
-        self.engine: Engine = TransformersEngine(
-            dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code
-        )
+        self.engine: Engine = make_engine(config, progress)
 
     @cached_property
     def tokenizer_model(self) -> ModelSpec:
@@ -84,6 +84,33 @@ class Measurement:
             label=self.tokenizer_model.label,
         )
 
+    def find(self, model: str) -> ModelSpec:
+        """Return the model that a test names.
+
+        Raises:
+            ModelError: it is neither a directory nor a hub id.
+
+        """
+        try:
+            return ModelSpec.parse(model, self.config.base)
+        except ValueError as error:
+            raise ModelError(str(error)) from None
+
+    def serve(self, model: str, arguments: EngineArguments, role: Role, moe_backend: str | None) -> ServerHandle:
+        """Return a server for a model: the one that runs, or a new one.
+
+        Raises:
+            ServerError: the engine has no servers, or it does not boot.
+
+        """
+        if not isinstance(self.engine, SGLangEngine):
+            raise ServerError("kld_server needs SGLang: install it, or give --kld-engine=sglang")
+        spec = self.find(model)
+        given = arguments.of(role, spec, moe_backend)
+        if "url" in given:
+            raise ServerError(f"{spec.label} is served at {given['url']}; kld_server boots servers")
+        return self.engine.servers.get(spec.pin(), given["args"], given["env"])
+
     def capture(self, model: ModelSpec, arguments: Mapping[str, Any], windows: Windows) -> Capture:
         """Return the reference's capture, from the cache or made now."""
         return self._obtain(model, arguments, windows, None)
@@ -108,6 +135,7 @@ class Measurement:
                 return Scores.load(path)
             reference.verify()
             candidate.verify()
+            self.engine.close()  # a comparison wants the memory that a server holds
             scores = compare(
                 reference,
                 candidate,

@@ -16,14 +16,19 @@ from pytest_kld.collection import (
 )
 from pytest_kld.config import CONFIG, add_options, build_config
 from pytest_kld.fixtures import (  # noqa: F401 (pytest finds fixtures by their names in this module)
+    _kld_arguments,
     _kld_measurement,
     _kld_scores,
     kld,
     kld_candidate,
     kld_candidate_args,
     kld_config,
+    kld_moe_backend,
     kld_reference,
     kld_reference_args,
+    kld_server,
+    kld_server_args,
+    kld_server_env,
     kld_windows,
 )
 from pytest_kld.gate import Figure

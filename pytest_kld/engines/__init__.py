@@ -90,3 +90,6 @@ class Engine(Protocol):
 
     def open(self, model: ModelSpec, arguments: Mapping[str, Any]) -> AbstractContextManager[LoadedModel]:
         """Load a model; it is gone from memory when the context ends."""
+
+    def close(self) -> None:
+        """Let go of what is kept between models: a running server, say. The next `open` starts anew."""

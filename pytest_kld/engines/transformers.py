@@ -5,24 +5,24 @@ from __future__ import annotations
 import gc
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from pytest_kld.device import pick_device
 from pytest_kld.engines import ModelFacts, Prefill
+from pytest_kld.engines.checkpoint import facts_of, read_facts, versions
 from pytest_kld.errors import CaptureError, ModelError
 from pytest_kld.head import Head
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from pytest_kld.models import ModelSpec
     from pytest_kld.windows import Windows
@@ -50,13 +50,7 @@ class TransformersEngine:
 
     def facts(self, model: ModelSpec, arguments: Mapping[str, Any]) -> ModelFacts:
         """Read a model's facts from its config. See `Engine.facts`."""
-        try:
-            config = AutoConfig.from_pretrained(
-                model.source, revision=model.revision or "main", trust_remote_code=self.trust_remote_code
-            )
-        except Exception as error:  # config files raise whatever they contain
-            raise ModelError(f"cannot read the config of {model.label}: {error}") from error
-        return _facts(config, self.dtype if self.dtype != "auto" else None, arguments)
+        return read_facts(model, dtype=self.dtype, trust_remote_code=self.trust_remote_code, arguments=arguments)
 
     def fingerprint(self, model: ModelSpec, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return versions, dtype, device and arguments. See `Engine.fingerprint`."""
@@ -84,6 +78,9 @@ class TransformersEngine:
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """Do nothing: models go when their context ends."""
 
     def _load(self, model: ModelSpec, arguments: Mapping[str, Any], device: torch.device) -> PreTrainedModel:
         dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
@@ -120,7 +117,7 @@ class LoadedTransformer:
     def facts(self) -> ModelFacts:
         """What the model turned out to be."""
         network = self._loaded
-        return _facts(network.config, str(network.dtype).removeprefix("torch."), {})
+        return facts_of(network.config, str(network.dtype).removeprefix("torch."), {})
 
     @property
     def heads(self) -> list[Head]:
@@ -186,34 +183,6 @@ def _watch(head: nn.Module, seen: list[Tensor], rows: Tensor | None) -> Any:
         return None if rows is None else (hidden[:, rows.to(hidden.device)], *args[1:])
 
     return head.register_forward_pre_hook(before)
-
-
-def _facts(config: PretrainedConfig, dtype: str | None, arguments: Mapping[str, Any]) -> ModelFacts:
-    text = config.get_text_config()
-    quantization = arguments.get("quantization_config") or getattr(config, "quantization_config", None)
-    if isinstance(quantization, dict):
-        method = quantization.get("quant_method", "unknown")
-    else:
-        method = getattr(quantization, "quant_method", None)
-    return ModelFacts(
-        model_class=(config.architectures or [type(config).__name__])[0],
-        vocab_size=text.vocab_size,
-        hidden_size=text.hidden_size,
-        context_length=getattr(text, "max_position_embeddings", None),
-        dtype=dtype or str(text.dtype or config.dtype or torch.float32).removeprefix("torch."),
-        quantization=None if method is None else str(getattr(method, "value", method)),
-    )
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Return the versions of those packages that are installed."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 @contextmanager

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from pytest_kld import __version__
+from pytest_kld.engines.selection import describe_engine
 from pytest_kld.result import GateResult, by_candidate, worst
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def header(config: KLDConfig) -> str | None:
     if config.ref is None and not config.candidate:
         return None
     reference = config.ref.label if config.ref else "none"
-    engine = f"transformers {version('transformers')}"
+    engine = describe_engine(config)
     return f"kld: pytest-kld {__version__}, engine {engine}, reference {reference}, cache {config.cache_dir}"
 
 

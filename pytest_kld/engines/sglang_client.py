@@ -1,0 +1,418 @@
+"""A served model: sends windows to a hooked SGLang server and puts together what the hook wrote."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import requests
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pytest_kld import __version__
+from pytest_kld.engines import ModelFacts, Prefill
+from pytest_kld.errors import CaptureError, ServerError
+from pytest_kld.head import Head
+from pytest_kld.sglang_hook.protocol import (
+    CAPTURE_DIR_VARIABLE,
+    HANDSHAKE_FILE,
+    PROTOCOL,
+    REQUEST_FILE,
+    CaptureRequest,
+    head_file,
+    new_run,
+    request_id,
+    write_json_whole,
+)
+
+if TYPE_CHECKING:
+    from pytest_kld.engines.sglang_servers import ServerHandle, ServerPool
+    from pytest_kld.models import ModelSpec
+    from pytest_kld.windows import Windows
+
+_IN_FLIGHT = {True: 4, False: 2}
+"""Requests at a time, for hidden states and for logits: the server is never idle, and memory is bounded."""
+_ANSWER_TIMEOUT_SECONDS = 3600
+_FILE_TIMEOUT_SECONDS = 120
+"""How long a file may take to appear after its answer, or after the file before it."""
+_SECONDS_BETWEEN_LOOKS = 0.01
+_GREETING = (0, 1)
+"""Token ids of the request that is answered with the handshake."""
+_SERVED_TOLERANCE = 1e-3
+"""Nats by which a log-prob that the server returns may differ from the captured logits': rounding in float32."""
+_VOLATILE = (
+    "internal_states",
+    "random_seed",
+    "port",
+    "host",
+    "nccl_port",
+    "dist_init_addr",
+    "node_rank",
+    "status",
+    "log_",
+    "key",
+    "token",
+    "password",
+    "max_",
+    "metrics",
+    "watchdog",
+    "served_model_name",
+    "tokenizer",
+    "crash_dump",
+    "time",
+)
+"""Parts of names in `/server_info` that are secret, change from one start to the next, or move no logit."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ServedModel:
+    """A model on a server that answered the handshake. See `LoadedModel`.
+
+    Attributes:
+        url: where the server answers.
+        label: how the user named the model.
+        handshake: what the hook said of the server.
+        capture_dir: the directory that both sides see.
+        api_key: for the server, or None.
+        pool: tells what became of a server of ours; None for somebody else's.
+        server: the server, if it is ours.
+
+    """
+
+    url: str
+    label: str
+    handshake: dict[str, Any] = field(default_factory=dict)
+    capture_dir: Path
+    api_key: str | None
+    pool: ServerPool | None
+    server: ServerHandle | None
+    _heads: list[Head] | None = None
+
+    @classmethod
+    def connect(
+        cls,
+        url: str,
+        *,
+        model: ModelSpec,
+        pool: ServerPool | None,
+        server: ServerHandle | None,
+        capture_dir: Path,
+        api_key: str | None,
+    ) -> ServedModel:
+        """Send one short request and read the handshake.
+
+        Raises:
+            ServerError: the server does not answer, the hook is not in it or of another version, or it serves
+                another model.
+
+        """
+        served = cls(url=url, label=model.label, capture_dir=capture_dir, api_key=api_key, pool=pool, server=server)
+        with served._run(CaptureRequest(hidden=True)) as run:
+            served._ask(run, 0, _GREETING)
+            path = run / HANDSHAKE_FILE
+            served._wait_for(run, path.is_file, "the handshake")
+            served.handshake = json.loads(path.read_text())
+        served._check_handshake(model)
+        return served
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What the model turned out to be."""
+        told = self.handshake
+        return ModelFacts(
+            model_class=told["model_class"],
+            vocab_size=told["vocab_size"],
+            hidden_size=told["hidden_size"],
+            context_length=None,  # the server refuses what is too long
+            dtype=told["dtype"],
+            quantization=told["quantization"],
+        )
+
+    @property
+    def heads(self) -> list[Head]:
+        """The head, put together from all ranks; empty if it is no plain product."""
+        if self._heads is None:
+            self._heads = [self._fetch_head()] if self.handshake["head"]["plain"] else []
+        return self._heads
+
+    def prefill(self, windows: Windows, indices: Sequence[int], rows: Sequence[int] | None) -> Iterator[Prefill]:
+        """Run windows, several in flight, and yield them as they come. See `LoadedModel.prefill`."""
+        request = CaptureRequest(hidden=rows is not None, rows=tuple(rows or ()))
+        waiting = iter(indices)
+        with self._run(request) as run, ThreadPoolExecutor(_IN_FLIGHT[request.hidden]) as executor:
+            pending: set[Future[Prefill]] = set()
+
+            def submit() -> None:
+                index = next(waiting, None)
+                if index is not None:
+                    pending.add(executor.submit(self._window, run, request, index, windows.token_ids[index]))
+
+            try:
+                for _ in range(_IN_FLIGHT[request.hidden]):
+                    submit()
+                while pending:
+                    done, _ = wait(pending, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        pending.remove(future)
+                        submit()
+                        yield future.result()
+            finally:
+                for future in pending:
+                    future.cancel()
+
+    def _window(self, run: Path, request: CaptureRequest, index: int, token_ids: np.ndarray[Any, Any]) -> Prefill:
+        answer = self._ask(run, index, token_ids.tolist())
+        pieces = self._pieces(run, index, len(token_ids))
+        if not torch.equal(_join(pieces, "token_ids").to(torch.int32), torch.from_numpy(token_ids)):
+            raise CaptureError(f"{self.label}, window {index}: the server ran other token ids than it was sent")
+        logits = _join(pieces, "logits")
+        positions = torch.cat([p["rows"] for p in pieces]).tolist() if request.hidden else list(range(len(token_ids)))
+        if len(logits) != len(positions) or (request.hidden and tuple(positions) != request.rows):
+            raise CaptureError(f"{self.label}, window {index}: the hook wrote other rows than were asked for")
+        self._check_served(index, answer, token_ids, positions, logits)
+        for path in run.glob(f"{index}.*.safetensors"):
+            path.unlink()
+        hidden = _join(pieces, "hidden") if request.hidden else None
+        return Prefill(window=index, hidden=hidden, logits=logits)
+
+    def _ask(self, run: Path, index: int, token_ids: Sequence[int]) -> dict[str, Any]:
+        body = {
+            "input_ids": list(token_ids),
+            "rid": request_id(run.name, index),
+            "sampling_params": {"max_new_tokens": 1, "temperature": 0},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+        }
+        what = f"{self.label}, window {index}"
+        try:
+            answer = requests.post(
+                f"{self.url}/generate", json=body, headers=_headers(self.api_key), timeout=_ANSWER_TIMEOUT_SECONDS
+            )
+        except requests.RequestException as error:
+            raise self._failure(f"{what}: the server {self.url} does not answer: {error}") from error
+        if answer.status_code != requests.codes.ok:
+            raise self._failure(f"{what}: the server answered {answer.status_code}: {answer.text[:500]}")
+        told: dict[str, Any] = answer.json()
+        meta = told["meta_info"]
+        if meta["id"] != body["rid"] or meta["prompt_tokens"] != len(token_ids):
+            raise self._failure(f"{what}: the server answered another request ({meta['id']}, {meta['prompt_tokens']})")
+        return told
+
+    def _pieces(self, run: Path, index: int, count: int) -> list[dict[str, Tensor]]:
+        """Wait until the pieces of a window cover it, and read them in order."""
+        found: dict[int, Path] = {}
+
+        def complete() -> bool:
+            for path in run.glob(f"{index}.*.safetensors"):
+                found[int(path.name.split(".")[1])] = path
+            return _covers(found, count)
+
+        self._wait_for(run, complete, f"window {index}")
+        pieces, position = [], 0
+        for start in sorted(found):
+            if start < position:
+                continue  # a prefill that was started again: the rows are there already
+            piece = _read(found[start])
+            pieces.append(piece)
+            position = start + len(piece["token_ids"])
+        return pieces
+
+    def _fetch_head(self) -> Head:
+        vocab_size = self.handshake["vocab_size"]
+        with self._run(CaptureRequest(hidden=True, head=True)) as run:
+            self._ask(run, 0, _GREETING)
+            ranks = self.handshake["arguments"]["tp_size"] or 1
+            parts: dict[int, Path] = {}
+
+            def complete() -> bool:
+                for rank in range(ranks):
+                    path = run / head_file(rank)
+                    if path.is_file() and path not in parts.values():
+                        parts[_first_row(path)] = path
+                return _reaches(parts, vocab_size)
+
+            self._wait_for(run, complete, "the head")
+            tensors = [_read(parts[start]) for start in sorted(parts)]
+        head = self.handshake["head"]
+        return Head(
+            weight=torch.cat([part["weight"] for part in tensors]),
+            bias=torch.cat([part["bias"] for part in tensors]) if "bias" in tensors[0] else None,
+            scale=float(head["scale"]),
+            softcap=None if head["softcap"] is None else float(head["softcap"]),
+        )
+
+    def _check_served(
+        self,
+        index: int,
+        answer: dict[str, Any],
+        token_ids: np.ndarray[Any, Any],
+        positions: Sequence[int],
+        logits: Tensor,
+    ) -> None:
+        """Hold log-probs that the server returned against the captured logits: they are of the same forward pass."""
+        served = answer["meta_info"]["input_token_logprobs"]
+        for position, row in zip(positions, logits.float(), strict=True):
+            if position + 1 >= len(token_ids) or not row.isfinite().all():
+                continue
+            value, token, *_ = served[position + 1]
+            captured = float(row[token].double() - row.double().logsumexp(-1))
+            if token != token_ids[position + 1] or value is None or abs(captured - value) > _SERVED_TOLERANCE:
+                raise CaptureError(
+                    f"{self.label}, window {index}, position {position}: the server says log p = {value} of token "
+                    f"{token}, and the captured logits {captured:.6f}: they are not of this request"
+                )
+
+    def _check_handshake(self, model: ModelSpec) -> None:
+        told = self.handshake
+        if told["protocol"] != PROTOCOL or told["pytest_kld"] != __version__:
+            raise ServerError(
+                f"the server {self.url} has the hook of pytest-kld {told['pytest_kld']} (protocol "
+                f"{told['protocol']}), and this is {__version__} (protocol {PROTOCOL}): install the same version on "
+                "both sides."
+            )
+        if told["arguments"]["enable_dp_attention"]:
+            raise ServerError(f"the server {self.url} runs data-parallel attention, which cannot be captured.")
+        names = {str(told["arguments"][name]).rstrip("/") for name in ("model_path", "served_model_name")}
+        if not any(_same_model(model, name) for name in names):
+            raise ServerError(
+                f"the server {self.url} serves {', '.join(sorted(names))}, and {model.label} is asked for. If they are "
+                "the same, start it with --served-model-name set to that."
+            )
+
+    @contextmanager
+    def _run(self, request: CaptureRequest) -> Iterator[Path]:
+        run = self.capture_dir / new_run()
+        try:
+            run.mkdir(parents=True)
+            run.chmod(0o777)  # the server may run as somebody else
+            write_json_whole(run / REQUEST_FILE, request.to_json())
+        except OSError as error:
+            raise ServerError(f"cannot write the capture directory {self.capture_dir}: {error}") from error
+        try:
+            yield run
+        finally:
+            shutil.rmtree(run, ignore_errors=True)  # the hook may be writing there still
+
+    def _wait_for(self, run: Path, there: Any, what: str) -> None:
+        """Wait for a file after its answer, watching for the hook's reports.
+
+        Raises:
+            CaptureError: the hook failed, or the file does not come.
+
+        """
+        deadline, seen = time.monotonic() + _FILE_TIMEOUT_SECONDS, 0
+        while not there():
+            for report in run.glob("error-*.txt"):
+                raise CaptureError(f"{self.label}, {what}: the hook failed in the server:\n{report.read_text()}")
+            files = sum(1 for _ in run.iterdir())
+            if files != seen:
+                deadline, seen = time.monotonic() + _FILE_TIMEOUT_SECONDS, files
+            if time.monotonic() > deadline or (what == "the handshake" and self._install_errors()):
+                raise self._failure(self._missing(what))
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+    def _missing(self, what: str) -> str:
+        reports = "".join(f"\n{path.read_text()}" for path in self._install_errors())
+        if reports:
+            return f"{self.label}: the hook could not be put into SGLang:{reports}"
+        if what == "the handshake":
+            return (
+                f"{self.label}: the server answered and the hook did not. It is not in that server, or writes to "
+                f"another directory: start the server with {CAPTURE_DIR_VARIABLE} set to the directory that this "
+                f"machine sees as {self.capture_dir} (--kld-capture-dir), and pytest-kld installed there. "
+                "SGLANG_PLUGINS, if set, must name pytest_kld. SGLang before 0.5.11 needs `pytest-kld patch --apply`"
+            )
+        return f"{self.label}: the server answered and the hook did not write {what}"
+
+    def _install_errors(self) -> list[Path]:
+        return sorted(self.capture_dir.glob("install-error-*.txt"))
+
+    def _failure(self, what: str) -> ServerError:
+        if self.pool is None or self.server is None:
+            return ServerError(what)
+        return self.pool.failure(self.server, what)
+
+
+def server_description(url: str, api_key: str | None) -> dict[str, Any]:
+    """Return what determines the bits of a running server's captures: its version and arguments.
+
+    Raises:
+        ServerError: it does not answer.
+
+    """
+    try:
+        answer = requests.get(f"{url.rstrip('/')}/get_server_info", headers=_headers(api_key), timeout=60)
+        answer.raise_for_status()
+        told: dict[str, Any] = answer.json()
+    except (requests.RequestException, ValueError) as error:
+        raise ServerError(
+            f"the server {url} does not answer: {error}. See --kld-ref-url, --kld-candidate-url and, if it wants a "
+            "key, --kld-api-key-env."
+        ) from error
+    version = told.pop("version", None)
+    arguments = {
+        name: value
+        for name, value in told.items()
+        if isinstance(value, str | int | float | bool | list) and not any(part in name for part in _VOLATILE)
+    }
+    return {"versions": {"sglang": version}, "arguments": arguments}
+
+
+def _headers(api_key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+def _same_model(model: ModelSpec, served: str) -> bool:
+    """Tell whether a server's name for its model is ours: the same path or id, or the same under another mount."""
+    mine = model.source.rstrip("/")
+    cached = f"models--{model.name.replace('/', '--')}"
+    return served == mine or served.rsplit("/", 1)[-1] == mine.rsplit("/", 1)[-1] or cached in served.split("/")
+
+
+def _covers(pieces: dict[int, Path], count: int) -> bool:
+    position = 0
+    for start in sorted(pieces):
+        if start > position:
+            return False
+        position = max(position, start + _length(pieces[start], "token_ids"))
+    return position >= count
+
+
+def _reaches(parts: dict[int, Path], vocab_size: int) -> bool:
+    position = 0
+    for start in sorted(parts):
+        if start != position:
+            return False
+        position += _length(parts[start], "weight")
+    return position >= vocab_size
+
+
+def _length(path: Path, name: str) -> int:
+    with safe_open(path, framework="pt") as file:
+        return int(file.get_slice(name).get_shape()[0])
+
+
+def _first_row(path: Path) -> int:
+    with safe_open(path, framework="pt") as file:
+        return int(file.metadata()["start"])
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise CaptureError(f"cannot read {path}: {error}") from error
+
+
+def _join(pieces: Sequence[dict[str, Tensor]], name: str) -> Tensor:
+    return torch.cat([piece[name] for piece in pieces])

@@ -1,0 +1,46 @@
+"""Advice for what SGLang is known to die of."""
+
+from __future__ import annotations
+
+import re
+
+_HINTS = (
+    (
+        r"No module named 'pytest_kld'",
+        "install pytest-kld where SGLang runs too: the capture hook comes with it.",
+    ),
+    (
+        r"w13_weight|modules_to_not_convert",
+        "AWQ checkpoints with modules_to_not_convert need a SGLang with pull request 20439 or later.",
+    ),
+    (
+        r"(?i)(hybrid|gdn|attention.backend|sm_?120|blackwell)[\s\S]*AssertionError|AssertionError[\s\S]*(triton|trtllm_mha|fa4)",
+        "on Blackwell GPUs hybrid attention models need --attention-backend triton.",
+    ),
+    (
+        r"(?i)linear_attn.*(not (found|initialized)|missing|unexpected)|KeyError: '.*linear_attn",
+        "SGLang does not load compressed-tensors weights of linear attention layers; such a model gives NaN.",
+    ),
+    (
+        r"(?i)out of memory|OutOfMemoryError|not enough memory|Not enough memory",
+        "out of memory: lower --mem-fraction-static, raise --tp, or see who else uses the GPUs.",
+    ),
+    (
+        r"(?i)address already in use|port.*(is in use|unavailable|occupied)",
+        "the port was taken meanwhile: run it again.",
+    ),
+    (
+        r"unrecognized arguments|ambiguous option|invalid choice",
+        "this release of SGLang does not know one of the flags: see --kld-ref-args, --kld-candidate-args and "
+        "`python -m sglang.launch_server --help`.",
+    ),
+    (
+        r"(?i)no such file or directory.*(model|config)|is not a local folder and is not a valid model identifier",
+        "the model is not there where SGLang runs: mount or download it there under the same name.",
+    ),
+)
+
+
+def hint(log: str) -> str | None:
+    """Return advice for the end of a server's log, or None."""
+    return next((advice for pattern, advice in _HINTS if re.search(pattern, log)), None)

@@ -1,0 +1,266 @@
+"""Servers of a session: booted on first use, shut down when another needs their GPUs, and all at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_kld import __version__
+from pytest_kld.engines.sglang_arguments import LAUNCH, ONE_WINDOW_A_BATCH, check_arguments, gpus_needed, has_flag
+from pytest_kld.engines.sglang_hints import hint
+from pytest_kld.errors import ServerError
+from pytest_kld.leases import lease, lease_directory, visible_gpus
+from pytest_kld.server import Server, ServerCommand, free_port
+from pytest_kld.sglang_hook.protocol import CAPTURE_DIR_VARIABLE, PROTOCOL
+
+if TYPE_CHECKING:
+    from pytest_kld.models import ModelSpec
+    from pytest_kld.progress import Progress
+
+_QUESTION_TIMEOUT_SECONDS = 300
+_KEPT_LOGS = 50
+_SECONDS_BETWEEN_NOTES = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Installed:
+    """What is installed where SGLang runs."""
+
+    versions: dict[str, str]
+    devices: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerHandle:
+    """A running server, for tests of one's own.
+
+    Attributes:
+        url: where it answers.
+        model: how the user named its model.
+        log: the file with what it printed.
+        pid: the process that answers for it and everything that it started.
+        gpus: what it leased.
+
+    """
+
+    url: str
+    model: str
+    log: Path
+    pid: int
+    gpus: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Running:
+    key: tuple[object, ...]
+    server: Server
+    handle: ServerHandle
+    leases: ExitStack
+
+
+@dataclass(slots=True, kw_only=True)
+class ServerPool:
+    """Boots SGLang servers.
+
+    Attributes:
+        command: what starts SGLang, ending with `-m sglang.launch_server`.
+        capture_dir: the directory for captures, under the same path where the servers run.
+        log_dir: where the servers' logs go.
+        startup_timeout: seconds a server may take to become ready.
+        dtype: `auto` or a torch dtype's name.
+        device: `auto` or `cpu`: passed on, else left to SGLang.
+        trust_remote_code: passed on.
+        progress: told of boots and waits.
+
+    """
+
+    command: Sequence[str]
+    capture_dir: Path
+    log_dir: Path
+    startup_timeout: float
+    dtype: str
+    device: str
+    trust_remote_code: bool
+    progress: Progress
+    _running: list[_Running] = field(default_factory=list)
+    _installed: Installed | None = None
+
+    def installed(self) -> Installed:
+        """Ask once what is installed where SGLang runs.
+
+        Raises:
+            ServerError: SGLang or the hook is not, or the hook is of another version.
+
+        """
+        if self._installed is None:
+            self._installed = _ask(self.command)
+        return self._installed
+
+    def complete(self, arguments: Sequence[str]) -> list[str]:
+        """Return all flags of a server but those of address and model."""
+        check_arguments(arguments, "SGLang's arguments")
+        added = []
+        if not has_flag(arguments, ONE_WINDOW_A_BATCH):
+            added += [ONE_WINDOW_A_BATCH, "1"]
+        if self.dtype != "auto" and not has_flag(arguments, "--dtype"):
+            added += ["--dtype", self.dtype]
+        if self.device == "cpu" and not has_flag(arguments, "--device"):
+            added += ["--device", "cpu"]
+        if self.trust_remote_code and not has_flag(arguments, "--trust-remote-code"):
+            added += ["--trust-remote-code"]
+        return [*arguments, *added]
+
+    def get(self, model: ModelSpec, arguments: Sequence[str], environment: Mapping[str, str]) -> ServerHandle:
+        """Return a server for a model: the one that runs, or a new one.
+
+        Args:
+            model: the pinned model.
+            arguments: SGLang's flags, beyond those that are set here.
+            environment: variables on top of this process's.
+
+        Raises:
+            ServerError: it does not boot.
+
+        """
+        completed = self.complete(arguments)
+        key = (model.source, model.revision, tuple(completed), tuple(sorted(environment.items())))
+        for running in self._running:
+            if running.key == key and running.server.exit_code is None:
+                return running.handle
+        self.installed()
+        running = self._boot(key, model, completed, environment)
+        self._running.append(running)
+        return running.handle
+
+    def failure(self, handle: ServerHandle, what: str) -> ServerError:
+        """Return an error about a server, with the end of its log."""
+        for running in self._running:
+            if running.handle == handle:
+                code = running.server.exit_code
+                return running.server.failure(what if code is None else f"{what}; it ended with exit code {code}")
+        return ServerError(f"{what}; the server {handle.url} was shut down")
+
+    def close(self) -> None:
+        """Shut every server down and return its GPUs."""
+        while self._running:
+            self._stop(self._running[0])
+
+    def _boot(
+        self, key: tuple[object, ...], model: ModelSpec, arguments: Sequence[str], environment: Mapping[str, str]
+    ) -> _Running:
+        variables = {**os.environ, **environment}
+        needed, gpus = gpus_needed(arguments), visible_gpus(variables)
+        if not gpus:
+            needed = 0
+        self._make_room(needed, len(gpus))
+        with ExitStack() as stack:
+            held: tuple[str, ...] = ()
+            if needed:
+                note = f"waiting for {needed} free GPUs"
+                held = stack.enter_context(lease(needed, gpus, lease_directory(), lambda: self.progress.note(note)))
+                variables["CUDA_VISIBLE_DEVICES"] = ",".join(held)
+            self.capture_dir.mkdir(parents=True, exist_ok=True)
+            variables[CAPTURE_DIR_VARIABLE] = str(self.capture_dir)
+            port = free_port()
+            command = ServerCommand(
+                argv=[*self.command, *_address(model, port), *arguments],
+                environment=variables,
+                url=f"http://127.0.0.1:{port}",
+                health="/health",
+                log=self._new_log(model),
+                startup_timeout=self.startup_timeout,
+                hint=hint,
+            )
+            self.progress.note(f"booting SGLang for {model.label}, log {command.log}")
+            started = time.monotonic()
+            server = Server(command, self._say_waiting(model))
+            stack.callback(server.stop)
+            self.progress.note(f"SGLang for {model.label} is ready after {time.monotonic() - started:.1f} s")
+            handle = ServerHandle(url=server.url, model=model.label, log=server.log, pid=server.pid, gpus=held)
+            return _Running(key, server, handle, stack.pop_all())
+
+    def _make_room(self, needed: int, total: int) -> None:
+        """Shut down servers of ours, the oldest first, until the GPUs suffice; a CPU has room for one server."""
+        while self._running and (
+            needed == 0 or sum(len(running.handle.gpus) for running in self._running) + needed > total
+        ):
+            self._stop(self._running[0])
+
+    def _stop(self, running: _Running) -> None:
+        self._running.remove(running)
+        self.progress.note(f"shutting SGLang for {running.handle.model} down")
+        running.leases.close()
+
+    def _say_waiting(self, model: ModelSpec) -> _Waiting:
+        return _Waiting(self.progress, model.label)
+
+    def _new_log(self, model: ModelSpec) -> Path:
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        for old in sorted(self.log_dir.glob("*.log"), key=lambda path: path.stat().st_mtime)[:-_KEPT_LOGS]:
+            old.unlink(missing_ok=True)
+        name = "".join(c if c.isalnum() or c in ".-" else "-" for c in model.name.rstrip("/").rsplit("/", 1)[-1])
+        return self.log_dir / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """Says now and then that a boot takes its time."""
+
+    progress: Progress
+    label: str
+    said: float = 0.0
+
+    def __call__(self, waited: float) -> None:
+        if waited - self.said >= _SECONDS_BETWEEN_NOTES:
+            self.said = waited
+            self.progress.note(f"SGLang for {self.label} is booting, {waited:.0f} s so far")
+
+
+def default_command() -> tuple[str, ...]:
+    """Return the command for a SGLang that is installed beside pytest."""
+    return (sys.executable, *LAUNCH)
+
+
+def _address(model: ModelSpec, port: int) -> list[str]:
+    address = ["--model-path", model.source, "--host", "127.0.0.1", "--port", str(port)]
+    return [*address, "--revision", model.revision] if model.revision else address
+
+
+def _ask(command: Sequence[str]) -> Installed:
+    question = [*command[: -len(LAUNCH)], "-m", "pytest_kld.sglang_hook"]
+    try:
+        answer = subprocess.run(  # noqa: S603
+            question, capture_output=True, text=True, timeout=_QUESTION_TIMEOUT_SECONDS, check=False
+        )
+        told = json.loads(answer.stdout.strip().splitlines()[-1])
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ServerError(f"`{shlex.join(question)}` does not run: {error}. See --kld-sglang-command.") from error
+    except (IndexError, ValueError) as error:
+        raise ServerError(
+            f"`{shlex.join(question)}` failed with exit code {answer.returncode}: "
+            f"{answer.stderr.strip()[-500:] or 'no output'}\n"
+            "Install pytest-kld where SGLang runs (`pip install pytest-kld`): the capture hook comes with it. See "
+            "--kld-sglang-command."
+        ) from error
+    if told["protocol"] != PROTOCOL or told["pytest_kld"] != __version__:
+        raise ServerError(
+            f"where SGLang runs pytest-kld {told['pytest_kld']} is installed (protocol {told['protocol']}), here "
+            f"{__version__} (protocol {PROTOCOL}): install the same version on both sides."
+        )
+    if "sglang" not in told["versions"]:
+        raise ServerError(
+            f"`{command[0]}` has no SGLang. Install it there, name another with --kld-sglang-command, or give "
+            "--kld-engine=transformers."
+        )
+    if not told["hooked"]:
+        raise ServerError(told["why_not"])
+    return Installed(versions=told["versions"], devices=tuple(told["devices"]))

@@ -1,0 +1,175 @@
+"""A server as a child process: boot, watch, stop. Knows nothing of language models or of KLD."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import requests
+
+from pytest_kld.errors import ServerError
+
+_SECONDS_BETWEEN_LOOKS = 0.5
+_HEALTH_TIMEOUT_SECONDS = 30
+_TAIL_LINES = 40
+_TAIL_BYTES = 256 << 10
+_LINE_CHARACTERS = 300
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerCommand:
+    """How to start a server.
+
+    Attributes:
+        argv: the command.
+        environment: all of its environment.
+        url: where it will answer.
+        health: the path that answers 200 when it is ready.
+        log: the file for what it prints.
+        startup_timeout: seconds it may take to become ready.
+        grace: seconds it may take to end when asked to; then it is killed.
+        hint: turns the end of the log into advice, or None.
+
+    """
+
+    argv: Sequence[str]
+    environment: Mapping[str, str]
+    url: str
+    health: str
+    log: Path
+    startup_timeout: float
+    grace: float = 20.0
+    hint: Callable[[str], str | None] = lambda _: None
+
+
+class Server:
+    """A running server and everything that it started. `stop` ends it all; so does the death of this process."""
+
+    def __init__(self, command: ServerCommand, on_wait: Callable[[float], None] = lambda _: None) -> None:
+        """Start it and wait until it is ready.
+
+        Args:
+            command: how.
+            on_wait: called now and then with the seconds waited so far.
+
+        Raises:
+            ServerError: it ended, or is not ready in time; with its exit code, the end of its log and a hint.
+
+        """
+        self.command = command
+        command.log.parent.mkdir(parents=True, exist_ok=True)
+        with command.log.open("wb") as log:
+            # Standard input is the supervisor's lifeline: when this process dies, it ends, and so does the server.
+            self._supervisor = subprocess.Popen(  # noqa: S603
+                [sys.executable, "-m", "pytest_kld.supervisor", str(command.grace), *command.argv],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=dict(command.environment),
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_ready(on_wait)
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        return self.command.url
+
+    @property
+    def log(self) -> Path:
+        """The file with what it printed."""
+        return self.command.log
+
+    @property
+    def pid(self) -> int:
+        """The process that answers for it."""
+        return self._supervisor.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """Return the exit code, or None while it runs."""
+        return self._supervisor.poll()
+
+    def require_alive(self) -> None:
+        """Raise `ServerError` if it has ended."""
+        if self.exit_code is not None:
+            raise self.failure(f"the server ended with exit code {self.exit_code}")
+
+    def failure(self, what: str) -> ServerError:
+        """Return an error that says what happened, with command, end of the log and a hint."""
+        tail = self.log_tail()
+        advice = self.command.hint(tail)
+        lines = [
+            f"{what}.",
+            f"command: {shlex.join(self.command.argv)}",
+            f"log: {self.log}, its last lines:",
+            *(f"  | {line}" for line in tail.splitlines()),
+        ]
+        if advice:
+            lines.append(f"hint: {advice}")
+        return ServerError("\n".join(lines))
+
+    def log_tail(self) -> str:
+        """Return the last lines of the log, long ones cut."""
+        return log_tail(self.log)
+
+    def stop(self) -> None:
+        """End the server and everything that it started, and see that all of it is gone."""
+        if self._supervisor.poll() is None:
+            self._supervisor.send_signal(signal.SIGTERM)
+        try:
+            self._supervisor.wait(timeout=self.command.grace + 30)
+        finally:
+            if self._supervisor.stdin is not None:
+                self._supervisor.stdin.close()
+
+    def _wait_until_ready(self, on_wait: Callable[[float], None]) -> None:
+        started = time.monotonic()
+        while not self._is_ready():
+            waited = time.monotonic() - started
+            if self.exit_code is not None:
+                raise self.failure(f"the server ended with exit code {self.exit_code} before it was ready")
+            if waited > self.command.startup_timeout:
+                raise self.failure(f"the server was not ready after {self.command.startup_timeout:g} s")
+            on_wait(waited)
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        self.require_alive()  # somebody else may answer on that port
+
+    def _is_ready(self) -> bool:
+        try:
+            url = f"{self.url}{self.command.health}"
+            return requests.get(url, timeout=_HEALTH_TIMEOUT_SECONDS).ok
+        except requests.RequestException:
+            return False
+
+
+def log_tail(log: Path) -> str:
+    """Return the last 40 lines of a log, long ones cut to 300 characters; it may be of any size."""
+    try:
+        with log.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError as error:
+        return f"(the log cannot be read: {error})"
+    return "\n".join(
+        line if len(line) <= _LINE_CHARACTERS else f"{line[:_LINE_CHARACTERS]} …" for line in lines[-_TAIL_LINES:]
+    )

@@ -1,0 +1,51 @@
+"""Tell what is installed where SGLang runs: `python -m pytest_kld.sglang_hook` prints one line of JSON.
+
+It imports neither SGLang nor torch, so it answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from pytest_kld import __version__
+from pytest_kld.gpus import query_gpus
+from pytest_kld.sglang_hook.protocol import PROTOCOL
+
+
+def main() -> None:
+    """Print versions, GPUs, and whether the hook gets into SGLang."""
+    versions = {}
+    for package in ("sglang", "torch", "transformers", "sgl-kernel", "flashinfer-python"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    why_not = _why_not_hooked()
+    told = {
+        "protocol": PROTOCOL,
+        "pytest_kld": __version__,
+        "versions": versions,
+        "devices": query_gpus("name"),
+        "hooked": why_not is None,
+        "why_not": why_not,
+    }
+    print(json.dumps(told))
+
+
+def _why_not_hooked() -> str | None:
+    found = find_spec("sglang")
+    if found is None or not found.submodule_search_locations:
+        return "SGLang is not installed"
+    root = Path(found.submodule_search_locations[0])
+    if (root / "srt" / "plugins").is_dir():
+        if any(point.name == "pytest_kld" for point in entry_points(group="sglang.srt.plugins")):
+            return None
+        return "pytest-kld is importable where SGLang runs and not installed: `pip install pytest-kld` there"
+    return None
+
+
+if __name__ == "__main__":
+    main()
