@@ -154,13 +154,19 @@ def kld_candidate_args() -> Mapping[str, Any]:
 
 @pytest.fixture(scope="session")
 def kld_server_args() -> Mapping[str, Sequence[str]]:
-    """Override: further flags for SGLang's servers, e.g. `{"reference": ["--tp", "8"], "candidate": ["--tp", "4"]}`."""
+    """Override: further flags for SGLang's servers, by role or by a model's name.
+
+    For example `{"reference": ["--tp", "8"], "nvidia/NVFP4": ["--quantization", "modelopt_fp4"]}`.
+    """
     return {}
 
 
 @pytest.fixture(scope="session")
 def kld_server_env() -> Mapping[str, Mapping[str, str]]:
-    """Override: further environment variables for SGLang's servers, e.g. `{"candidate": {"NCCL_P2P_LEVEL": "SYS"}}`."""
+    """Override: further environment variables for SGLang's servers, e.g. `{"candidate": {"NCCL_P2P_LEVEL": "SYS"}}`.
+
+    Keys are roles or models' names, as in `kld_server_args`.
+    """
     return {}
 
 

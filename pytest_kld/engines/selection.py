@@ -76,8 +76,8 @@ class EngineArguments:
     Attributes:
         config: the options.
         loading: keyword arguments of `from_pretrained` by role (engine `transformers`).
-        server_args: further flags of `launch_server` by role (engine `sglang`).
-        server_env: further environment variables by role (engine `sglang`).
+        server_args: further flags of `launch_server`, by role or by a model's name (engine `sglang`).
+        server_env: further environment variables, likewise (engine `sglang`).
 
     """
 
@@ -111,10 +111,11 @@ class EngineArguments:
         given, variables = (
             (config.ref_args, config.ref_env) if role == "reference" else (config.candidate_args, config.candidate_env)
         )
-        args = [*given, *self.server_args.get(role, ())]
+        args = [*given, *self.server_args.get(role, ()), *self.server_args.get(model.name, ())]
         if moe_backend is not None:
             args += [MOE_BACKEND_FLAG, moe_backend]
-        return {"args": args, "env": {**dict(variables), **self.server_env.get(role, {})}}
+        env = {**dict(variables), **self.server_env.get(role, {}), **self.server_env.get(model.name, {})}
+        return {"args": args, "env": env}
 
     def _url(self, role: Role, model: ModelSpec) -> str | None:
         if role == "reference":

@@ -62,8 +62,14 @@ class Run:
     """One run as this process sees it."""
 
     path: Path
-    request: CaptureRequest
+    request: CaptureRequest | None = None
     greeted: bool = False
+
+    def read(self) -> CaptureRequest:
+        """Return what is wanted, as the other side wrote it down."""
+        if self.request is None:
+            self.request = CaptureRequest.from_json(json.loads((self.path / REQUEST_FILE).read_text()))
+        return self.request
 
 
 @dataclass(slots=True)
@@ -142,40 +148,37 @@ class Recorder:
                 raise RuntimeError(f"the batch has {current.rows} rows of logits and {current.rows_seen} were seen")
 
     def _begin(self, runner: Any, batch: Any) -> Pass | None:
-        if runner.is_draft_worker or not getattr(batch, "rids", None):
+        if runner.is_draft_worker or not getattr(batch, "rids", None) or not batch.forward_mode.is_extend():
             return None
         ours = [parse_request_id(rid) for rid in batch.rids]
-        if not any(ours) or not batch.forward_mode.is_extend():
+        if not any(ours):
             return None
         current = Pass(runner, rank_of(runner), [])
-        for known in ours:
-            if known is not None and (run := self._run(known[0])) is not None:
-                current.runs[known[0]] = run
-        if not current.runs:
-            return None
         with self._reporting(current):
+            for known in ours:
+                if known is not None and (run := self._run(known[0])) is not None:
+                    current.runs[known[0]] = run
+            if not current.runs:
+                return None
             if not batch.return_logprob:
                 raise RuntimeError("the request does not ask for log-probs (return_logprob), so most rows are not made")
             current.segments = list(_segments(batch, ours, current.runs))
+            for run in current.runs.values():
+                run.read()
             return current
         return None
 
     def _run(self, name: str) -> Run | None:
-        """Find a run; one that is in another directory, or gone, is not ours."""
-        if name not in self._runs:
-            path = self._directory / name
-            try:
-                request = CaptureRequest.from_json(json.loads((path / REQUEST_FILE).read_text()))
-            except OSError:
-                return None
-            self._runs[name] = Run(path, request)
+        """Find a run; one whose directory is elsewhere, or gone, is not ours."""
+        if name not in self._runs and (self._directory / name).is_dir():
+            self._runs[name] = Run(self._directory / name)
             while len(self._runs) > _REMEMBERED_RUNS:
                 self._runs.popitem(last=False)
-        return self._runs[name]
+        return self._runs.get(name)
 
     def _greet(self, run: Run, current: Pass, processor: Any, head: Any) -> None:
         description = describe_head(processor, head)
-        if run.request.head and description["plain"]:
+        if run.read().head and description["plain"]:
             tensors, where = head_part(head, current.rank)
             if tensors is not None:
                 copies = {name: copy_to_host(tensor) for name, tensor in tensors.items()}
@@ -186,7 +189,7 @@ class Recorder:
     def _keep(self, segment: Segment, start: int, stop: int, hidden: Tensor, logits: Tensor, offset: int) -> None:
         assert segment.run is not None
         assert segment.token_ids is not None
-        request, position = segment.run.request, segment.position + start - segment.first_row
+        request, position = segment.run.read(), segment.position + start - segment.first_row
         ids = segment.token_ids[start - segment.first_row : stop - segment.first_row]
         tensors: dict[str, HostCopy] = {"token_ids": copy_to_host(ids)}
         if request.hidden:

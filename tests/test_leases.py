@@ -1,0 +1,84 @@
+"""GPUs are leased: never to two at a time, never some of them only, and free again when the holder is dead."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pytest_kld.errors import ServerError
+from pytest_kld.leases import lease, visible_gpus
+
+GPUS = ("GPU-a", "GPU-b", "GPU-c", "GPU-d")
+HOLD = """
+import sys, time
+from pathlib import Path
+from pytest_kld.leases import lease
+with lease(int(sys.argv[1]), tuple(sys.argv[3].split(",")), Path(sys.argv[2])) as held:
+    print(",".join(held), flush=True)
+    time.sleep(600)
+"""
+
+
+@contextmanager
+def held_elsewhere(count: int, directory: Path) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """Another process that holds some GPUs, and which."""
+    command = [sys.executable, "-c", HOLD, str(count), str(directory), ",".join(GPUS)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        try:
+            yield other, other.stdout.readline().strip().split(",")
+        finally:
+            other.kill()
+
+
+def test_another_process_gets_the_gpus_that_are_left(tmp_path: Path) -> None:
+    with held_elsewhere(3, tmp_path) as (_, theirs), lease(1, GPUS, tmp_path) as ours:
+        assert len(theirs) == 3
+        assert not set(ours) & set(theirs)
+
+
+def test_a_lease_waits_for_enough_and_takes_them_from_the_dead(tmp_path: Path) -> None:
+    waited = threading.Event()
+    with held_elsewhere(3, tmp_path) as (other, _):
+        killer = threading.Thread(target=lambda: (waited.wait(20), other.kill()))
+        killer.start()
+        with lease(2, GPUS, tmp_path, waited.set) as ours:
+            assert waited.is_set()
+            assert len(set(ours)) == 2
+        killer.join()
+
+
+def test_a_waiting_lease_holds_none_meanwhile(tmp_path: Path) -> None:
+    with lease(3, GPUS, tmp_path):
+        waiting = threading.Event()
+        entered = threading.Event()
+
+        def want_two() -> None:
+            with lease(2, GPUS, tmp_path, waiting.set):
+                entered.set()
+
+        thread = threading.Thread(target=want_two, daemon=True)
+        thread.start()
+        assert waiting.wait(10)
+        time.sleep(0.1)
+        with lease(1, GPUS, tmp_path):
+            assert not entered.is_set()
+    thread.join(20)
+    assert entered.is_set()
+
+
+def test_more_than_there_are_is_an_error_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ServerError, match="needs 8 GPUs and 4 are visible"), lease(8, GPUS, tmp_path):
+        pass
+
+
+def test_visible_gpus_follow_the_environment() -> None:
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == ()
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-x, GPU-y"}) == ("GPU-x", "GPU-y")
