@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 import torch
+from sglang_cpu.environment import SGLangEnvironment, cached, sglang_environment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
@@ -98,3 +101,24 @@ def windows(reference_dir: Path) -> Windows:
     return cut_windows(
         load_corpus("python-docs", Path()), loaded, count=3, size=64, stride=32, label=str(reference_dir)
     )
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> SGLangEnvironment:
+    """The real SGLang on a CPU, with the hook as it is in this checkout."""
+    return sglang_environment(tmp_path_factory.mktemp("hook"))
+
+
+@pytest.fixture(scope="session")
+def real_models() -> Path:
+    """SmolLM2-135M and its round trips, as the quickstart makes them; kept in the user's cache directory."""
+    quickstart = Path(__file__).parent.parent / "conftest_examples" / "quickstart"
+    recipe = "".join((quickstart / name).read_text() for name in ("make_models.py", "round_trip.py"))
+
+    def make(directory: Path) -> None:
+        program = (
+            f"from pathlib import Path; from make_models import make_models; make_models(Path({str(directory)!r}))"
+        )
+        subprocess.run([sys.executable, "-c", program], cwd=quickstart, check=True)
+
+    return cached("models", recipe, make)

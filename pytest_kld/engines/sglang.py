@@ -52,13 +52,14 @@ class SGLangEngine:
         """Return versions, GPUs, and every argument that may change logits. See `Engine.fingerprint`."""
         if url := arguments.get("url"):
             return {"engine": "sglang", **server_description(url, self.api_key)}
-        installed = self.servers.installed()
+        environment = arguments.get("env", {})
+        installed = self.servers.installed(environment)
         return {
             "engine": "sglang",
             "versions": installed.versions,
             "devices": list(installed.devices),
             "arguments": numeric_arguments(self.servers.complete(arguments.get("args", ()))),
-            "environment": dict(sorted(arguments.get("env", {}).items())),
+            "environment": dict(sorted(environment.items())),
         }
 
     @contextmanager

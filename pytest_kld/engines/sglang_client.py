@@ -43,8 +43,11 @@ _IN_FLIGHT = {True: 4, False: 2}
 """Requests at a time, for hidden states and for logits: the server is never idle, and memory is bounded."""
 _ANSWER_TIMEOUT_SECONDS = 3600
 _FILE_TIMEOUT_SECONDS = 120
-"""How long a file may take to appear after its answer, or after the file before it."""
+"""How long a file may take to appear after its answer, or after the file before it: a network file system is slow."""
+_HANDSHAKE_TIMEOUT_SECONDS = 10
+"""The same for the handshake of a server that was booted here: it is written before the answer."""
 _SECONDS_BETWEEN_LOOKS = 0.01
+_HANDSHAKE = "the handshake"
 _GREETING = (0, 1)
 """Token ids of the request that is answered with the handshake."""
 _SERVED_TOLERANCE = 1e-3
@@ -119,7 +122,7 @@ class ServedModel:
         with served._run(CaptureRequest(hidden=True)) as run:
             served._ask(run, 0, _GREETING)
             path = run / HANDSHAKE_FILE
-            served._wait_for(run, path.is_file, "the handshake")
+            served._wait_for(run, path.is_file, _HANDSHAKE)
             served.handshake = json.loads(path.read_text())
         served._check_handshake(model)
         return served
@@ -309,14 +312,16 @@ class ServedModel:
             CaptureError: the hook failed, or the file does not come.
 
         """
-        deadline, seen = time.monotonic() + _FILE_TIMEOUT_SECONDS, 0
+        local = self.server is not None and what == _HANDSHAKE
+        timeout = _HANDSHAKE_TIMEOUT_SECONDS if local else _FILE_TIMEOUT_SECONDS
+        deadline, seen = time.monotonic() + timeout, 0
         while not there():
             for report in run.glob("error-*.txt"):
                 raise CaptureError(f"{self.label}, {what}: the hook failed in the server:\n{report.read_text()}")
             files = sum(1 for _ in run.iterdir())
             if files != seen:
-                deadline, seen = time.monotonic() + _FILE_TIMEOUT_SECONDS, files
-            if time.monotonic() > deadline or (what == "the handshake" and self._install_errors()):
+                deadline, seen = time.monotonic() + timeout, files
+            if time.monotonic() > deadline or (what == _HANDSHAKE and self._install_errors()):
                 raise self._failure(self._missing(what))
             time.sleep(_SECONDS_BETWEEN_LOOKS)
 
@@ -324,7 +329,7 @@ class ServedModel:
         reports = "".join(f"\n{path.read_text()}" for path in self._install_errors())
         if reports:
             return f"{self.label}: the hook could not be put into SGLang:{reports}"
-        if what == "the handshake":
+        if what == _HANDSHAKE:
             return (
                 f"{self.label}: the server answered and the hook did not. It is not in that server, or writes to "
                 f"another directory: start the server with {CAPTURE_DIR_VARIABLE} set to the directory that this "

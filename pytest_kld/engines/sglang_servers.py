@@ -92,18 +92,19 @@ class ServerPool:
     trust_remote_code: bool
     progress: Progress
     _running: list[_Running] = field(default_factory=list)
-    _installed: Installed | None = None
+    _installed: dict[tuple[tuple[str, str], ...], Installed] = field(default_factory=dict)
 
-    def installed(self) -> Installed:
-        """Ask once what is installed where SGLang runs.
+    def installed(self, environment: Mapping[str, str]) -> Installed:
+        """Ask once what is installed where SGLang runs with these variables.
 
         Raises:
             ServerError: SGLang or the hook is not, or the hook is of another version.
 
         """
-        if self._installed is None:
-            self._installed = _ask(self.command)
-        return self._installed
+        key = tuple(sorted(environment.items()))
+        if key not in self._installed:
+            self._installed[key] = _ask(self.command, {**os.environ, **environment})
+        return self._installed[key]
 
     def complete(self, arguments: Sequence[str]) -> list[str]:
         """Return all flags of a server but those of address and model."""
@@ -136,7 +137,7 @@ class ServerPool:
         for running in self._running:
             if running.key == key and running.server.exit_code is None:
                 return running.handle
-        self.installed()
+        self.installed(environment)
         running = self._boot(key, model, completed, environment)
         self._running.append(running)
         return running.handle
@@ -235,11 +236,16 @@ def _address(model: ModelSpec, port: int) -> list[str]:
     return [*address, "--revision", model.revision] if model.revision else address
 
 
-def _ask(command: Sequence[str]) -> Installed:
+def _ask(command: Sequence[str], variables: Mapping[str, str]) -> Installed:
     question = [*command[: -len(LAUNCH)], "-m", "pytest_kld.sglang_hook"]
     try:
         answer = subprocess.run(  # noqa: S603
-            question, capture_output=True, text=True, timeout=_QUESTION_TIMEOUT_SECONDS, check=False
+            question,
+            env=dict(variables),
+            capture_output=True,
+            text=True,
+            timeout=_QUESTION_TIMEOUT_SECONDS,
+            check=False,
         )
         told = json.loads(answer.stdout.strip().splitlines()[-1])
     except (OSError, subprocess.TimeoutExpired) as error:

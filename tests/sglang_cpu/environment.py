@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ TORCH = "torch==2.13.0"
 FLAGS = (
     *("--device", "cpu", "--dtype", "bfloat16", "--attention-backend", "torch_native"),
     *("--sampling-backend", "pytorch", "--grammar-backend", "none"),
-    *("--disable-overlap-schedule", "--disable-cuda-graph", "--skip-server-warmup"),
+    *("--disable-overlap-schedule", "--disable-cuda-graph", "--skip-server-warmup", "--sleep-on-idle"),
     *("--max-total-tokens", "8192", "--max-running-requests", "8"),
 )
 """What SGLang needs to be told on a CPU."""
@@ -87,7 +88,7 @@ def install_hook(python: Path, target: Path) -> None:
     _pip(python, "--no-deps", "--target", str(target), str(ROOT))
 
 
-def cached(name: str, recipe: str, make: object) -> Path:
+def cached(name: str, recipe: str, make: Callable[[Path], None]) -> Path:
     """Return a directory in the user's cache that a recipe makes, making it if it is not there."""
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:12]
     directory = user_cache_path("pytest-kld") / "tests" / f"{name}-{digest}"
@@ -96,7 +97,7 @@ def cached(name: str, recipe: str, make: object) -> Path:
         done = directory / ".complete"
         if not done.is_file():
             shutil.rmtree(directory, ignore_errors=True)
-            make(directory)  # type: ignore[operator]
+            make(directory)
             done.touch()
     return directory
 
