@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 import torch
-from sglang_cpu.environment import SGLangEnvironment, cached, sglang_environment
+from sglang_cpu.environment import SGLangEnvironment, sglang_environment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
@@ -20,6 +20,7 @@ from pytest_kld.windows import Windows, cut_windows, load_tokenizer
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+ROOT = Path(__file__).parent.parent
 VOCAB_SIZE = 1024
 TINY: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -110,15 +111,16 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> SGLangEnvironment:
 
 
 @pytest.fixture(scope="session")
-def real_models() -> Path:
-    """SmolLM2-135M and its round trips, as the quickstart makes them; kept in the user's cache directory."""
-    quickstart = Path(__file__).parent.parent / "conftest_examples" / "quickstart"
-    recipe = "".join((quickstart / name).read_text() for name in ("make_models.py", "round_trip.py"))
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The directory in which the quickstart ran as a newcomer runs it, and what it printed."""
+    directory = tmp_path_factory.mktemp("quickstart")
+    command = [sys.executable, str(ROOT / "conftest_examples" / "quickstart" / "run.py")]
+    run = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return directory / "quickstart", run.stdout
 
-    def make(directory: Path) -> None:
-        program = (
-            f"from pathlib import Path; from make_models import make_models; make_models(Path({str(directory)!r}))"
-        )
-        subprocess.run([sys.executable, "-c", program], cwd=quickstart, check=True)
 
-    return cached("models", recipe, make)
+@pytest.fixture(scope="session")
+def real_models(quickstart: tuple[Path, str]) -> Path:
+    """SmolLM2-135M and its round trips, as the quickstart made them."""
+    return quickstart[0] / "models"

@@ -13,18 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from pytest_kld.scores import Scores, Summary
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The directory in which the quickstart ran, and what it printed."""
-    directory = tmp_path_factory.mktemp("quickstart")
-    command = [sys.executable, str(ROOT / "conftest_examples" / "quickstart" / "run.py")]
-    run = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-    return directory / "quickstart", run.stdout
 
 
 def test_int8_and_fp8_pass_and_nvfp4_fails(quickstart: tuple[Path, str]) -> None:
