@@ -22,7 +22,7 @@ import requests
 import torch
 from conftest import TINY, MakeModel
 from sglang_cpu.environment import SGLangEnvironment, variables
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from pytest_kld.corpus import load_corpus
 from pytest_kld.engines import Prefill
@@ -344,12 +344,12 @@ def test_an_unknown_flag_is_an_error_with_log_and_advice(boot: Boot, llama_dir: 
 
 
 def test_sglang_without_the_hook_installed_is_an_error_before_anything_boots(
-    environment: SGLangEnvironment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    environment: SGLangEnvironment, llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PYTHONPATH", raising=False)
     bare = SGLangEnvironment(python=environment.python, variables=variables(tmp_path))
     with booting(bare, tmp_path) as boot, pytest.raises(ServerError, match="Install pytest-kld where SGLang runs"):
-        boot(tmp_path)
+        boot(llama_dir)
 
 
 def test_a_server_that_dies_in_the_middle_is_an_error_with_its_log(boot: Boot, llama_dir: Path, text: Windows) -> None:
@@ -365,32 +365,6 @@ def test_a_server_that_dies_in_the_middle_is_an_error_with_its_log(boot: Boot, l
     assert str(served.handle.log) in str(caught.value)
     served.engine.close()
     assert all(not process.is_running() or process.status() == psutil.STATUS_ZOMBIE for process in tree)
-
-
-@pytest.mark.parametrize("backends", [("auto", "triton")])
-def test_a_moe_model_is_gated_with_two_backends(
-    pytester: pytest.Pytester, environment: SGLangEnvironment, make_model: MakeModel, backends: tuple[str, str]
-) -> None:
-    moe = Qwen3MoeConfig(
-        **TINY, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, tie_word_embeddings=False
-    )
-    reference, candidate = make_model("moe", moe), make_model("moe-candidate", moe, noise=0.0005)
-    report = pytester.path / "report.json"
-    result = pytester.runpytest_subprocess(
-        f"--kld-ref={reference}",
-        f"--kld-candidate={candidate}",
-        *(f"--kld-moe-backend={backend}" for backend in backends),
-        *environment.options(),
-        "--kld-max-mean=0.1",
-        f"--kld-json={report}",
-        f"--kld-cache-dir={pytester.path / 'cache'}",
-        *("--kld-dataset=python-docs", "--kld-windows=2", "--kld-window-size=64", "--kld-stride=64"),
-    )
-    result.assert_outcomes(passed=2)
-    results = json.loads(report.read_text())["results"]
-    assert [r["candidate"] for r in results] == [f"{candidate} ({backend})" for backend in backends]
-    keys = [r["about"]["candidate"]["key"]["engine"]["arguments"] for r in results]
-    assert [["--moe-runner-backend", backend] in key for key, backend in zip(keys, backends, strict=True)] == [True] * 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)

@@ -72,6 +72,7 @@ _VOLATILE = (
     "tokenizer",
     "crash_dump",
     "time",
+    "command",
 )
 """Parts of names in `/server_info` that are secret, change from one start to the next, or move no logit."""
 
@@ -367,7 +368,9 @@ def server_description(url: str, api_key: str | None) -> dict[str, Any]:
     arguments = {
         name: value
         for name, value in told.items()
-        if isinstance(value, str | int | float | bool | list) and not any(part in name for part in _VOLATILE)
+        if isinstance(value, str | int | float | bool | list)
+        and not any(part in name for part in _VOLATILE)
+        and not (api_key and api_key in str(value))
     }
     return {"versions": {"sglang": version}, "arguments": arguments}
 
