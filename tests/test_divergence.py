@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import fields
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -149,7 +149,7 @@ def test_rows_do_not_depend_on_the_block_they_are_in(elements: int, monkeypatch:
     monkeypatch.setattr(kernel, "_CACHED_ELEMENTS", elements)
     again = divergence(reference, candidate, labels)
     bounds = [0, 1, 4, 4, 10]
-    chunks = [divergence(reference[i:j], candidate[i:j], labels[i:j]) for i, j in itertools.pairwise(bounds)]
+    chunks = [divergence(reference[i:j], candidate[i:j], labels[i:j]) for i, j in pairwise(bounds)]
     for field in fields(Divergence):
         assert torch.equal(getattr(whole, field.name), getattr(again, field.name))
         assert torch.equal(getattr(whole, field.name), getattr(concatenate(chunks), field.name))
