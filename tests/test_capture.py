@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import pytest
@@ -76,6 +77,14 @@ def test_damage_to_a_file_is_an_error_that_names_it(
         Capture.open(capture.path, windows)
 
 
+def says_the_same(flipped: bytes, whole: bytes) -> bool:
+    """Tell whether the byte carries nothing, as the 17th digit of a number may."""
+    try:
+        return bool(json.loads(flipped) == json.loads(whole))
+    except ValueError:
+        return False
+
+
 def test_any_flipped_byte_in_the_manifest_is_found(reference_dir: Path, windows: Windows, tmp_path: Path) -> None:
     capture = record(reference_dir, windows, tmp_path)
     file = capture.path / "capture.json"
@@ -84,6 +93,8 @@ def test_any_flipped_byte_in_the_manifest_is_found(reference_dir: Path, windows:
         flipped = bytearray(whole)
         flipped[position] ^= 1
         file.write_bytes(flipped)
+        if says_the_same(flipped, whole):
+            continue
         with pytest.raises(CaptureError, match=r"the manifest .*capture\.json is corrupt.*--kld-refresh"):
             Capture.open(capture.path, windows)
     file.write_bytes(whole[: len(whole) // 2])

@@ -66,13 +66,13 @@ def test_a_compressed_tensors_checkpoint_is_run(reference_dir: Path, windows: Wi
     from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
 
     network: Any = load(reference_dir)
-    scheme: QuantizationScheme = preset_name_to_scheme("W8A16", ["Linear"])
-    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"], format="pack-quantized")
+    scheme: QuantizationScheme = preset_name_to_scheme("W8A8", ["Linear"])
+    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"], format="int-quantized")
     apply_quantization_config(network, config)
     for module in network.modules():
         if hasattr(module, "weight_scale"):
             module.weight_scale.data.copy_(module.weight.abs().amax(-1, keepdim=True) / 127)
-    compressor = ModelCompressor.from_pretrained_model(network, quantization_format="pack-quantized")
+    compressor = ModelCompressor.from_pretrained_model(network, quantization_format="int-quantized")
     compressor.compress_model(network)
     network.save_pretrained(tmp_path / "model")
     compressor.update_config(tmp_path / "model")
@@ -98,7 +98,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(
     weights, name = load_file(path), "model.layers.1.mlp.up_proj.weight"
     tensor = weights.pop(name)
     save_file(weights if change == "missing" else {**weights, name: tensor[:5].clone()}, path, {"format": "pt"})
-    with pytest.raises(ModelError, match=r"lacks-.*(lacks 1 of the model's weights|cannot load)"):
+    with pytest.raises(ModelError, match=r"lacks 1 of the model's weights|cannot load .*lacks-shape"):
         record(path.parent, windows, tmp_path)
 
 
