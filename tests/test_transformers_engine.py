@@ -59,28 +59,6 @@ def test_quantized_models_are_run_as_transformers_loads_them(
     assert (plain - expected).abs().max() > 1e-3
 
 
-@pytest.mark.filterwarnings("default")
-def test_a_compressed_tensors_checkpoint_is_run(reference_dir: Path, windows: Windows, tmp_path: Path) -> None:
-    from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, apply_quantization_config
-    from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
-
-    network: Any = load(reference_dir)
-    scheme: QuantizationScheme = preset_name_to_scheme("W8A8", ["Linear"])
-    config = QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"], format="int-quantized")
-    apply_quantization_config(network, config)
-    for module in network.modules():
-        if hasattr(module, "weight_scale"):
-            module.weight_scale.data.copy_(module.weight.abs().amax(-1, keepdim=True) / 127)
-    compressor = ModelCompressor.from_pretrained_model(network, quantization_format="int-quantized")
-    compressor.compress_model(network)
-    network.save_pretrained(tmp_path / "model")
-    compressor.update_config(tmp_path / "model")
-    capture = record(tmp_path / "model", windows, tmp_path / "cache")
-    assert capture.store == "hidden"
-    assert capture.manifest["facts"]["quantization"] == "compressed-tensors"
-
-
 def test_quantization_is_part_of_the_fingerprint(reference_dir: Path) -> None:
     spec, engine = ModelSpec.parse(str(reference_dir), Path()), TransformersEngine()
     plain, quantized = (engine.fingerprint(spec, a) for a in ({}, {"quantization_config": bitsandbytes()}))
