@@ -89,12 +89,20 @@ class Cache:
             raise CacheError(f"cannot complete the cache entry {entry}: {error}") from error
 
     def discard(self, entry: Path) -> None:
-        """Remove an entry and what an interrupted session left of it."""
-        for path in (entry, self.partial(entry)):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        """Remove an entry and what an interrupted session left of it.
+
+        Raises:
+            CacheError: something of it cannot be removed.
+
+        """
+        try:
+            for path in (entry, self.partial(entry)):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise CacheError(f"cannot remove the cache entry {entry}: {error}. Remove it by hand.") from error
 
     def require_free(self, needed_bytes: int, what: str) -> int:
         """Return the free bytes of the disk.

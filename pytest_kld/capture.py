@@ -13,6 +13,7 @@ saved their speculative head too) the even-numbered ones count.
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,11 +25,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pytest_kld.errors import CaptureError
-from pytest_kld.files import atomic_path, sha256_of_file, sha256_of_json
+from pytest_kld.files import atomic_path, sha256_of_file, sha256_of_json, write_json
 from pytest_kld.head import Head, HeadCheck, check_head
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from pytest_kld.config import HeadMode
     from pytest_kld.windows import Windows
@@ -41,8 +42,8 @@ HEAD_FILE = "head.safetensors"
 MATRIX = {"hidden": "hidden", "logits": "logits", "logprobs": "log_probs"}
 """The name of a window's matrix, by store."""
 _WAY_OUT = "Delete that directory, or pass --kld-refresh where it is in the cache, to capture anew."
-_CHECKED_ELEMENTS = 1 << 26
-"""Logits that are recomputed at a time when the check rows are verified."""
+_CHECKED_ELEMENTS = 1 << 22
+"""Logits from which on a group of check rows is recomputed and compared, in a few float32 matrices of that size."""
 
 
 def window_file(store: str, index: int) -> str:
@@ -137,7 +138,7 @@ class Capture:
         """Read the head, for the store `hidden`; None for the others."""
         if self.store != "hidden":
             return None
-        with safe_open(self.path / HEAD_FILE, framework="pt") as file:
+        with self._open_file(HEAD_FILE) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         return Head(weight=tensors["weight"], bias=tensors.get("bias"), **self.manifest["transforms"])
 
@@ -174,22 +175,27 @@ class Capture:
         """Recompute the check rows of every window and compare; see `head.check_head`."""
         head = self.load_head()
         assert head is not None
-        hidden, logits = [], []
+        checks, rows = [], 0
+        group: list[tuple[Tensor, Tensor]] = []
         for window in range(self.windows):
-            with self._open_window(window) as file:
-                hidden.append(file.get_tensor("hidden")[file.get_tensor("check_rows").long()])
-                logits.append(file.get_tensor("check_logits"))
-        group = max(1, _CHECKED_ELEMENTS // (head.vocab_size * len(hidden[0])))
-        checks = [
-            check_head(head, torch.cat(hidden[start : start + group]), torch.cat(logits[start : start + group]))
-            for start in range(0, self.windows, group)
-        ]
+            group.append(self._check_rows(window))
+            rows += len(group[-1][0])
+            if rows * head.vocab_size >= _CHECKED_ELEMENTS or window == self.windows - 1:
+                hidden, logits = (torch.cat(tensors) for tensors in zip(*group, strict=True))
+                checks.append(check_head(head, hidden, logits))
+                group, rows = [], 0
         return combine_checks(checks)
+
+    def _check_rows(self, window: int) -> tuple[Tensor, Tensor]:
+        with self._open_window(window) as file:
+            rows = [file.get_slice("hidden")[row : row + 1] for row in file.get_tensor("check_rows").tolist()]
+            return torch.cat(rows), file.get_tensor("check_logits")
 
     def _check_windows(self, windows: Windows) -> None:
         recorded = self.manifest["protocol"]
         if recorded is None:
-            return  # the original layout: rows are checked when they are read
+            self._check_shapes(windows.size)
+            return
         if recorded["token_ids_sha256"] != windows.digest:
             theirs = ", ".join(f"{name} {recorded[name]}" for name in ("dataset", "windows", "window_size", "stride"))
             raise CaptureError(
@@ -197,12 +203,27 @@ class Capture:
                 f"{recorded['tokenizer']}) than this session's. Give the options that it was made with."
             )
 
-    def _open_window(self, window: int) -> Any:
-        path = self.path / self.manifest["window_files"][window]
+    def _check_shapes(self, size: int) -> None:
+        """The original layout says nothing about its windows but by their shape."""
+        for window, name in enumerate(self.manifest["window_files"]):
+            with self._open_window(window) as file:
+                shape = file.get_slice(MATRIX[self.store]).get_shape()
+            if shape != [size, self.vocab_size]:
+                raise CaptureError(
+                    f"{self.path / name} has shape {shape}, expected {[size, self.vocab_size]} (positions, "
+                    "vocabulary). Give the --kld-window-size it was made with."
+                )
+
+    def _open_window(self, window: int) -> AbstractContextManager[Any]:
+        return self._open_file(self.manifest["window_files"][window])
+
+    @contextmanager
+    def _open_file(self, name: str) -> Iterator[Any]:
         try:
-            return safe_open(path, framework="pt")
+            with safe_open(self.path / name, framework="pt") as file:
+                yield file
         except (OSError, SafetensorError) as error:
-            raise CaptureError(f"cannot read {path}: {error}. {_WAY_OUT}") from error
+            raise CaptureError(f"cannot read {self.path / name}: {error}. {_WAY_OUT}") from error
 
 
 def combine_checks(checks: list[HeadCheck]) -> HeadCheck:
@@ -215,14 +236,24 @@ def combine_checks(checks: list[HeadCheck]) -> HeadCheck:
     )
 
 
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest of a finished capture, with a digest of itself."""
+    write_json(path / MANIFEST, {**manifest, "sha256": sha256_of_json(manifest)})
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        intact = manifest.pop("sha256") == sha256_of_json(manifest)
         usable = manifest["schema"] == SCHEMA and manifest["complete"] is True
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CaptureError(f"the manifest {path / MANIFEST} is corrupt ({error!r}); capture anew") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CaptureError(f"the manifest {path / MANIFEST} is corrupt ({error!r}). {_WAY_OUT}") from error
+    if not intact:
+        raise CaptureError(f"the manifest {path / MANIFEST} is corrupt: its SHA-256 is another. {_WAY_OUT}")
     if not usable:
-        raise CaptureError(f"the capture {path} is incomplete or of schema {manifest['schema']}, not {SCHEMA}")
+        raise CaptureError(
+            f"the capture {path} is incomplete or of schema {manifest['schema']}, not {SCHEMA}. {_WAY_OUT}"
+        )
     return manifest
 
 

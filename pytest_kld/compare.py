@@ -87,8 +87,8 @@ def scores_key(reference: Capture, candidate: Capture, windows: Windows, head: H
 def _pick_reduction(elements: int, device: torch.device) -> tuple[Reduction, str]:
     if device.type != "cpu" or elements < _WORTH_COMPILING:
         return eager_reduction, "eager"
-    reduction = compiled_reduction()
     try:
+        reduction = compiled_reduction()
         one = torch.zeros(1, 64)
         reduction(one, one, one[:, 0], one[:, 0])
     except Exception:

@@ -6,9 +6,12 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytest_kld.errors import CorpusError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 BUILT_IN = ("wikitext-2", "python-docs")
 _WAYS_OUT = (
@@ -47,7 +50,7 @@ def load_corpus(dataset: str, base: Path) -> Corpus:
     elif dataset == "python-docs":
         documents = _python_docs()
     elif dataset.startswith("hf:"):
-        name, config, split = (*dataset.removeprefix("hf:").split(":"), "", "")[:3]
+        name, config, split = _hub_parts(dataset)
         documents = _hub_dataset(name, config or None, split or "test")
     else:
         documents = _file(base / Path(dataset).expanduser(), dataset)
@@ -55,6 +58,14 @@ def load_corpus(dataset: str, base: Path) -> Corpus:
     if not text.strip():
         raise CorpusError(f"the dataset {dataset} is empty: there is no text to measure on. {_WAYS_OUT}")
     return Corpus(name=dataset, text=text)
+
+
+def _hub_parts(dataset: str) -> tuple[str, str, str]:
+    parts = dataset.removeprefix("hf:").split(":")
+    if len(parts) > 3 or not parts[0]:
+        raise CorpusError(f"unknown dataset {dataset!r}. {_WAYS_OUT}")
+    name, config, split = (*parts, "", "")[:3]
+    return name, config, split
 
 
 def _python_docs() -> list[str]:
@@ -75,7 +86,7 @@ def _hub_dataset(name: str, config: str | None, split: str) -> list[str]:
         ) from error
     if "text" not in rows.column_names:
         raise CorpusError(f"the dataset {name} has no field `text`, only {', '.join(rows.column_names)}")
-    return [str(text) for text in rows["text"]]
+    return _strings(rows["text"], f"the dataset {name}, row")
 
 
 def _file(path: Path, dataset: str) -> list[str]:
@@ -94,16 +105,15 @@ def _read_txt(path: Path) -> list[str]:
 
 def _read_jsonl(path: Path) -> list[str]:
     documents = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for ends of lines.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
             document: Any = json.loads(line)["text"]
         except (ValueError, KeyError, TypeError) as error:
             raise CorpusError(f"{path}, line {number}: expected an object with a field `text`: {error!r}") from error
-        if not isinstance(document, str):
-            raise CorpusError(f"{path}, line {number}: the field `text` is {type(document).__name__}, not a string")
-        documents.append(document)
+        documents += _strings([document], f"{path}, line", number)
     return documents
 
 
@@ -115,4 +125,12 @@ def _read_parquet(path: Path) -> list[str]:
         column = pyarrow.parquet.read_table(path, columns=["text"]).column("text")
     except (pyarrow.ArrowException, KeyError) as error:
         raise CorpusError(f"{path}: cannot read a column `text`: {error}") from error
-    return [str(text) for text in column.to_pylist() if text is not None]
+    return _strings(column.to_pylist(), f"{path}, row")
+
+
+def _strings(texts: Iterable[Any], where: str, first: int = 1) -> list[str]:
+    documents = list(texts)
+    for number, text in enumerate(documents, first):
+        if not isinstance(text, str):
+            raise CorpusError(f"{where} {number}: the field `text` is {type(text).__name__}, not a string")
+    return documents

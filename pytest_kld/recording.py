@@ -13,16 +13,15 @@ from pytest_kld import __version__
 from pytest_kld.cache import Cache, format_bytes
 from pytest_kld.capture import (
     HEAD_FILE,
-    MANIFEST,
     MATRIX,
     SCHEMA,
     Capture,
     file_entry,
     window_file,
+    write_manifest,
     write_tensors,
 )
 from pytest_kld.errors import CaptureError, ModelError
-from pytest_kld.files import write_json
 from pytest_kld.head import Head, HeadCheck, check_head
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ class Recording:
                     "--kld-store=logits."
                 )
             manifest["checks"] = check.to_json()
-        write_json(partial / MANIFEST, manifest)
+        write_manifest(partial, manifest)
         cache.publish(entry)
 
     @property
@@ -161,11 +160,11 @@ class Recording:
         else:
             matrix = {"log_probs": logits.float().log_softmax(-1)}
         expected = len(self.check_rows) if store == "hidden" else self.windows.size
-        if len(logits) != expected or any(m is None for m in matrix.values()):
+        if len(logits) != expected:
             raise CaptureError(
                 f"{self.model.label}, window {prefill.window}: the engine gave {len(logits)} rows of {expected}"
             )
-        if store == "hidden" and len(matrix["hidden"]) != self.windows.size:  # type: ignore[arg-type]
+        if store == "hidden" and (prefill.hidden is None or len(prefill.hidden) != self.windows.size):
             raise CaptureError(f"{self.model.label}, window {prefill.window}: hidden states are missing")
         return {**tensors, **matrix}  # type: ignore[dict-item]
 

@@ -77,7 +77,7 @@ class Scores:
                 columns = {name: file.get_tensor(name) for name in COLUMNS}
             about = json.loads(metadata["about"])
             intact = metadata["schema"] == str(SCHEMA) and metadata["sha256"] == _digest(columns, about)
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ScoresError(_corrupt(path)) from error
         if not intact:
             raise ScoresError(_corrupt(path))
@@ -144,13 +144,14 @@ class Summary:
         labelled = valid & ((flags & _NO_LABEL) == 0)
         if not labelled.any():
             raise ScoresError(
-                f"no position is finite on both sides: of {flags.size:,}, the reference is NaN or infinite in "
-                f"{reference_bad.sum():,} and the candidate in {candidate_bad.sum():,}. Weights that did not load "
-                "or overflow in the engine's dtype look like this; check the engine's log and --kld-dtype."
+                f"no position that has a next token is finite on both sides: of {flags.size:,}, the reference is NaN "
+                f"or infinite in {reference_bad.sum():,} and the candidate in {candidate_bad.sum():,}. Weights that "
+                "did not load or overflow in the engine's dtype look like this; check the engine's log and --kld-dtype."
             )
         kl = np.sort(columns["kl"][valid])
         nll_r, nll_c = columns["reference_nll"][labelled], columns["candidate_nll"][labelled]
-        log_ppl_ratio = float(nll_c.mean() - nll_r.mean())
+        # Python floats: where both give a label probability 0 their difference is NaN, and numpy would warn.
+        log_ppl_ratio = float(nll_c.mean()) - float(nll_r.mean())
         return cls(
             positions=flags.size,
             coverage=float(valid.mean()),
@@ -190,7 +191,7 @@ def _quantile(ordered: NDArray[np.float64], q: float) -> float:
 
 
 def _exp(x: float) -> float:
-    return math.exp(x) if x < 709 else math.inf
+    return math.inf if x > 709 else math.exp(x)
 
 
 def _digest(columns: dict[str, NDArray[Any]], about: dict[str, Any]) -> str:

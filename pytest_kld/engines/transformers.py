@@ -180,7 +180,9 @@ def _watch(head: nn.Module, seen: list[Tensor], rows: Tensor | None) -> Any:
     def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         hidden = args[0]
         seen.append(hidden[0])
-        return None if rows is None else (hidden[:, rows.to(hidden.device)], *args[1:])
+        if rows is None or int(rows.max()) >= hidden.shape[1]:  # another use of the head, not the prefill's
+            return None
+        return (hidden[:, rows.to(hidden.device)], *args[1:])
 
     return head.register_forward_pre_hook(before)
 

@@ -1,0 +1,72 @@
+"""Captures of tiny models, recorded as the plugin does it, and what transformers alone says of the same windows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from pytest_kld.cache import Cache
+from pytest_kld.capture import Capture
+from pytest_kld.engines.transformers import TransformersEngine
+from pytest_kld.models import ModelSpec
+from pytest_kld.progress import Silent
+from pytest_kld.recording import Recording
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor, nn
+
+    from pytest_kld.config import Store
+    from pytest_kld.windows import Windows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlteredEngine(TransformersEngine):
+    """The engine, with something done to each model after it is loaded."""
+
+    alter: Callable[[Any], Any]
+
+    def _load(self, *args: Any) -> Any:
+        return self.alter(TransformersEngine._load(self, *args))
+
+
+def record(
+    model: Path,
+    windows: Windows,
+    cache_dir: Path,
+    *,
+    store: Store = "auto",
+    dtype: str = "float32",
+    arguments: Mapping[str, Any] | None = None,
+    alter: Callable[[Any], Any] | None = None,
+) -> Capture:
+    """Capture a model into a cache of its own."""
+    options = {"dtype": dtype, "device": "cpu"}
+    recording = Recording(
+        engine=TransformersEngine(**options) if alter is None else AlteredEngine(**options, alter=alter),
+        model=ModelSpec.parse(str(model), Path()),
+        arguments=arguments or {},
+        windows=windows,
+        store=store,
+        key={"model": str(model), "store": store, "dtype": dtype},
+    )
+    cache = Cache(cache_dir)
+    entry = cache.capture_entry(recording.key)
+    recording.run(cache, entry, Silent())
+    return Capture.open(entry, windows)
+
+
+def load(model: Path, dtype: str = "float32", **arguments: Any) -> nn.Module:
+    """Load a model with transformers alone."""
+    return AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), **arguments).eval()
+
+
+@torch.inference_mode()
+def own_logits(network: Any, windows: Windows) -> Tensor:
+    """Return the logits [windows, N, V] that a model gives, in its dtype."""
+    return torch.cat([network(input_ids=ids[None]).logits for ids in torch.from_numpy(windows.token_ids).long()])
