@@ -11,6 +11,7 @@ from typing import Any
 from pytest_kld.errors import CorpusError
 
 BUILT_IN = ("wikitext-2", "python-docs")
+CORPUS_FILES = (".txt", ".jsonl", ".parquet")
 _WAYS_OUT = (
     f"Give --kld-dataset one of {', '.join(BUILT_IN)}, a .txt, .jsonl or .parquet file, or hf:NAME[:CONFIG][:SPLIT]."
 )

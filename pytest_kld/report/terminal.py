@@ -138,8 +138,19 @@ def table(results: Sequence[GateResult]) -> list[str]:
     return [f"{title})", lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
+def notes(results: Sequence[GateResult]) -> list[str]:
+    """Return the lines under the table, each once."""
+    return list(dict.fromkeys(f"note: {note}" for result in results for note in result.notes))
+
+
+def _verdict(result: GateResult) -> str:
+    if result.xfail and result.outcome == "failed":
+        return "xfail"
+    return {"passed": "pass", "failed": "FAIL", "error": "ERROR"}[result.outcome]
+
+
 def _row(candidate: str, group: Sequence[GateResult]) -> list[str]:
-    verdict = {"passed": "pass", "failed": "FAIL", "error": "ERROR"}[worst(group).outcome]
+    verdict = _verdict(worst(group))
     result = next((result for result in group if result.figures), None)
     if result is None or result.figures is None:
         return [candidate, *["-"] * 7, verdict, "-"]
