@@ -61,6 +61,15 @@ def _path(text: str, base: Path) -> Path:
     return (base / Path(text).expanduser()).resolve()
 
 
+def _report(text: str, base: Path) -> Path:
+    """Refuse now what could not be written when everything is measured."""
+    path = _path(text, base)
+    above = next(parent for parent in path.parents if parent.exists())
+    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"expected a file that can be written, got {text!r} ({path})")
+    return path
+
+
 def _dataset(text: str, base: Path) -> str:
     """Keep names; give a file that an ini file names as the path from where pytest was called."""
     if Path(text).suffix not in CORPUS_FILES or Path(text).expanduser().is_absolute():
@@ -292,11 +301,11 @@ OPTIONS: tuple[Option, ...] = (
         help="Directory for captures and scores. Default: pytest-kld in the user's cache directory.",
     ),
     Option(name="refresh", flag=True, help="Capture and compare anew what the cache already holds."),
-    Option(name="junit", metavar="FILE", parse=_path, help="Write a JUnit report: a suite per candidate."),
+    Option(name="junit", metavar="FILE", parse=_report, help="Write a JUnit report: a suite per candidate."),
     Option(
         name="json",
         metavar="FILE",
-        parse=_path,
+        parse=_report,
         help="Write a JSON report: figures, protocol, versions, keys.",
     ),
     *(

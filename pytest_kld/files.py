@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from pytest_kld.errors import CacheError
@@ -39,7 +39,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
             "Free some disk space or choose another --kld-cache-dir, then run the same command again."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, or its directory is none: the error above says why
+            temporary.unlink()
 
 
 def write_atomically(path: Path, contents: bytes) -> None:

@@ -14,6 +14,9 @@ from pytest_kld.report import terminal
 from pytest_kld.result import GateResult, Outcome, checks_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
     from _pytest.terminal import TerminalReporter
 
 _SETUP_SECONDS = pytest.StashKey[float]()
@@ -90,7 +93,7 @@ class Results:
         """Begin with none."""
         self._config = config
         self._by_test: dict[str, GateResult] = {}
-        self._complaint = ""
+        self._complaints: list[str] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keep the result of each test; of a test that was run again, the last."""
@@ -105,36 +108,37 @@ class Results:
         """Write the report files, also when nothing was gated: an old file must not pass for this session's."""
         if self._config.option.collectonly:
             return
-        try:
-            self._write_files()
-        except CacheError as error:  # the figures are still worth showing, so the session ends as usual
-            self._complaint = str(error)
-            session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+        for write, path in self._files():
+            try:
+                write(path, self._results())
+            except CacheError as error:  # the figures are still worth showing, so the session ends as usual
+                self._complaints.append(f"cannot write the report {path}: {error.__cause__}")
+                session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: TerminalReporter) -> None:
         """Print the table."""
         results, config = self._results(), self._config.stash[CONFIG]
-        if self._complaint:
-            terminalreporter.write_line(f"ERROR: {self._complaint}", red=True)
+        for complaint in self._complaints:
+            terminalreporter.write_line(f"ERROR: {complaint}", red=True)
         if not results:
             return
         terminalreporter.section("KLD")
         for line in (*terminal.table(results), *terminal.notes(results)):
             terminalreporter.write_line(line)
         for name, path in (("JUnit", config.junit), ("JSON", config.json)):
-            if path and not self._complaint:
+            if path and not self._complaints:
                 terminalreporter.write_line(f"{name} report: {path}")
 
-    def _write_files(self) -> None:
-        config, results = self._config.stash[CONFIG], self._results()
+    def _files(self) -> Iterator[tuple[Callable[[Path, Sequence[GateResult]], None], Path]]:
+        config = self._config.stash[CONFIG]
         if config.junit:
             from pytest_kld.report.junit import write_junit
 
-            write_junit(config.junit, results)
+            yield write_junit, config.junit
         if config.json:
             from pytest_kld.report.json_file import write_json_report
 
-            write_json_report(config.json, results)
+            yield write_json_report, config.json
 
     def _lost(self, report: pytest.TestReport) -> GateResult | None:
         """Return the result of a test that took its process with it, if its name tells that it was gated."""
