@@ -92,6 +92,15 @@ def broken_dir(make_model: MakeModel) -> Path:
     return make_model("broken", noise=0.005)
 
 
+@pytest.fixture(scope="session")
+def unloadable_dir(make_model: MakeModel) -> Path:
+    """A model whose weights are truncated: it looks right until it is loaded."""
+    path = make_model("unloadable")
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    return path
+
+
 class Gate:
     """Runs pytest on tiny models, in a directory of its own and with a cache that all tests share."""
 

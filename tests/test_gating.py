@@ -135,7 +135,7 @@ def test_expected_failures_are_expected_and_unexpected_passes_are_told(gate: Gat
 
 
 def test_expected_failure_is_called_so_in_the_table_but_what_was_not_measured_stays_an_error(
-    gate: Gate, tmp_path: Path
+    gate: Gate, unloadable_dir: Path
 ) -> None:
     gate.pytester.makepyfile("""
         import pytest
@@ -146,8 +146,7 @@ def test_expected_failure_is_called_so_in_the_table_but_what_was_not_measured_st
     result = gate()
     assert result.ret == pytest.ExitCode.OK
     result.stdout.re_match_lines([rf"{gate.candidate} .* xfail "])
-    (tmp_path / "config.json").write_text("{}")
-    gate(candidates=(tmp_path,)).stdout.re_match_lines([rf"{tmp_path} .* ERROR "])
+    gate(candidates=(unloadable_dir,)).stdout.re_match_lines([rf"{unloadable_dir} .* ERROR "])
 
 
 def test_skipped_tests_are_not_gated(gate: Gate) -> None:
@@ -186,20 +185,17 @@ def test_async_test_fails_and_does_not_pass_unrun(gate: Gate) -> None:
 
 
 def test_what_cannot_be_measured_is_an_error_and_the_other_candidates_are_gated(
-    gate: Gate, tmp_path: Path, make_model: MakeModel
+    gate: Gate, unloadable_dir: Path
 ) -> None:
-    unloadable = make_model("unloadable")
-    weights = (unloadable / "model.safetensors").read_bytes()
-    (unloadable / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    result = gate("--kld-json=report.json", candidates=(unloadable, gate.candidate))
+    result = gate("--kld-json=report.json", candidates=(unloadable_dir, gate.candidate))
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.assert_outcomes(passed=1, errors=1)
-    result.stdout.fnmatch_lines([f"ModelError: transformers cannot load {unloadable}:*"])
+    result.stdout.fnmatch_lines([f"ModelError: transformers cannot load {unloadable_dir}:*"])
     error, passed = gate.results()
     assert (error["outcome"], error["figures"], error["checks"], error["body_passed"]) == ("error", None, [], None)
     assert "ModelError" in error["message"]
     assert passed["outcome"] == "passed"
-    result.stdout.re_match_lines([rf"{unloadable} .* ERROR ", rf"{gate.candidate} .* pass "])
+    result.stdout.re_match_lines([rf"{unloadable_dir} .* ERROR ", rf"{gate.candidate} .* pass "])
 
 
 def test_reference_that_is_not_there_is_an_error_that_names_it_and_the_way_out(

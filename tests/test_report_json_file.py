@@ -74,9 +74,8 @@ def test_schema_describes_every_figure_every_limit_and_every_field_of_a_result()
     assert bands == [word for _, word in BANDS]
 
 
-def test_reports_of_all_three_outcomes_keep_to_the_schema(gate: Gate, broken_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    gate("--kld-max-mean=0.1", "--kld-json=report.json", candidates=(gate.candidate, broken_dir, tmp_path))
+def test_reports_of_all_three_outcomes_keep_to_the_schema(gate: Gate, broken_dir: Path, unloadable_dir: Path) -> None:
+    gate("--kld-max-mean=0.1", "--kld-json=report.json", candidates=(gate.candidate, broken_dir, unloadable_dir))
     report = validate(gate.path / "report.json")
     assert [result["outcome"] for result in report["results"]] == ["passed", "failed", "error"]
     passed, _, error = report["results"]
@@ -112,8 +111,7 @@ def test_report_of_a_session_that_gated_nothing_is_empty(gate: Gate) -> None:
 
 
 def test_numbers_that_json_lacks_are_strings(tmp_path: Path) -> None:
-    names = [field.name for field in fields(Summary)]
-    figures = {name: 0.5 for name in names} | dict.fromkeys(
+    figures = dict.fromkeys((field.name for field in fields(Summary)), 0.5) | dict.fromkeys(
         ("positions", "reference_nan_count", "candidate_nan_count", "infinite_count"), 1
     )
     check = {"limit": "max_max", "figure": "max", "value": math.inf, "bound": 1.0, "passed": False}

@@ -33,9 +33,10 @@ def limit(name: str, figure: str, value: float, bound: float) -> dict[str, objec
     return {"limit": name, "figure": figure, "value": value, "bound": bound, "passed": value <= bound}
 
 
-def test_report_has_a_suite_per_candidate_and_a_case_per_limit(gate: Gate, broken_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    candidates = (gate.candidate, broken_dir, tmp_path)
+def test_report_has_a_suite_per_candidate_and_a_case_per_limit(
+    gate: Gate, broken_dir: Path, unloadable_dir: Path
+) -> None:
+    candidates = (gate.candidate, broken_dir, unloadable_dir)
     gate("--kld-max-mean=0.1", "--kld-junit=report.xml", "--kld-json=report.json", candidates=candidates)
     root = validate(gate.path / "report.xml")
     assert [suite.get("name") for suite in root] == [str(path) for path in candidates]
@@ -118,9 +119,8 @@ def test_pytests_own_report_has_the_figures_and_limits_as_properties(gate: Gate,
     assert len(list(case.iter("properties"))) == 1
 
 
-def test_what_is_not_measured_is_an_error_in_pytests_own_report(gate: Gate, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    gate("--junitxml=out.xml", candidates=(tmp_path,)).assert_outcomes(errors=1)
+def test_what_is_not_measured_is_an_error_in_pytests_own_report(gate: Gate, unloadable_dir: Path) -> None:
+    gate("--junitxml=out.xml", candidates=(unloadable_dir,)).assert_outcomes(errors=1)
     (case,) = ElementTree.parse(gate.path / "out.xml").getroot().iter("testcase")
     assert case.find("error") is not None
     assert case.find("failure") is None
