@@ -157,8 +157,14 @@ class Results:
 
     def _results(self) -> list[GateResult]:
         """Return the results in the order in which the candidates were named, however workers finished."""
-        order = {model.label: rank for rank, model in enumerate(self._config.stash[CONFIG].candidate)}
-        return sorted(self._by_test.values(), key=lambda result: order.get(result.candidate, len(order)))
+        labels = [model.label for model in self._config.stash[CONFIG].candidate]
+
+        def rank(result: GateResult) -> int:
+            name = result.candidate
+            named = [label for label in labels if name == label or name.startswith(f"{label} (")]  # (MoE backend)
+            return labels.index(named[0]) if named else len(labels)
+
+        return sorted(self._by_test.values(), key=rank)
 
 
 def _kld_of(item: pytest.Item) -> KLD | None:
