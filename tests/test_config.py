@@ -19,6 +19,9 @@ GOOD: dict[str, tuple[str, Any]] = {
     "windows": ("7", 7),
     "window_size": ("128", 128),
     "stride": ("64", 64),
+    "engine": ("transformers", "transformers"),
+    "startup_timeout": ("60", 60),
+    "api_key_env": ("KEY", "KEY"),
     "dtype": ("bfloat16", "bfloat16"),
     "device": ("cuda:1", "cuda:1"),
     "trust_remote_code": ("true", True),
@@ -27,9 +30,16 @@ GOOD: dict[str, tuple[str, Any]] = {
     "refresh": ("true", True),
 }
 """For each option that takes no path and no model: a text and what it means."""
-PATHS = ("cache_dir", "junit", "json")
+PATHS = ("cache_dir", "junit", "json", "capture_dir")
 MODELS = ("ref", "candidate", "tokenizer")
+SERVERS = {
+    *("sglang_command", "ref_args", "candidate_args", "ref_env", "candidate_env"),
+    *("moe_backend", "ref_url", "candidate_url"),
+}
+"""Options of SGLang's servers, which are not read with the engine transformers; their tests are the engine's."""
 BAD = [
+    ("engine", "vllm", "expected one of auto, sglang, transformers, got 'vllm'"),
+    ("startup_timeout", "0", "expected a whole number of at least 1, got '0'"),
     ("windows", "0", "expected a whole number of at least 1, got '0' (or `max`: all that the text gives)"),
     ("windows", "many", "expected a whole number of at least 1, got 'many'"),
     ("window_size", "1", "expected a whole number of at least 2, got '1'"),
@@ -77,7 +87,7 @@ def read(gate: Gate, tmp_path: Path) -> Any:
 
 
 def test_every_option_is_known_to_this_module() -> None:
-    assert {option.name for option in OPTIONS} == {*GOOD, *PATHS, *MODELS, *LIMITS}
+    assert {option.name for option in OPTIONS} == {*GOOD, *PATHS, *MODELS, *LIMITS, *SERVERS}
 
 
 def test_defaults_are_the_standard_protocol(read: Any) -> None:
