@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 import pytest
 
+from pytest_kld.corpus import CORPUS_FILES
 from pytest_kld.engines.sglang_arguments import check_arguments, parse_command
 from pytest_kld.errors import ServerError
 from pytest_kld.gate import DEFAULT_BOUNDS, LIMITS, Limit, merge_bounds
@@ -59,6 +61,22 @@ def _path(text: str, base: Path) -> Path:
     return (base / Path(text).expanduser()).resolve()
 
 
+def _report(text: str, base: Path) -> Path:
+    """Refuse now what could not be written when everything is measured."""
+    path = _path(text, base)
+    above = next(parent for parent in path.parents if parent.exists())
+    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"expected a file that can be written, got {text!r} ({path})")
+    return path
+
+
+def _dataset(text: str, base: Path) -> str:
+    """Keep names; give a file that an ini file names as the path from where pytest was called."""
+    if Path(text).suffix not in CORPUS_FILES or Path(text).expanduser().is_absolute():
+        return text
+    return os.path.relpath(base / text)
+
+
 def _choice(*choices: str) -> Callable[[str, Path], str]:
     def parse(text: str, _: Path) -> str:
         if text not in choices:
@@ -68,15 +86,18 @@ def _choice(*choices: str) -> Callable[[str, Path], str]:
     return parse
 
 
-def _positive(text: str, _: Path) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
+def _whole(least: int) -> Callable[[str, Path], int]:
+    def parse(text: str, _: Path) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise ValueError(f"expected a whole number of at least {least}, got {text!r}")
+        return int(text)
+
+    return parse
 
 
 def _window_count(text: str, base: Path) -> int | None:
     try:
-        return None if text == "max" else _positive(text, base)
+        return None if text == "max" else _whole(1)(text, base)
     except ValueError as error:
         raise ValueError(f"{error} (or `max`: all that the text gives)") from None
 
@@ -137,6 +158,7 @@ OPTIONS: tuple[Option, ...] = (
         name="dataset",
         metavar="TEXT",
         default="wikitext-2",
+        parse=_dataset,
         help="Text: wikitext-2, python-docs (offline), a .txt, .jsonl or .parquet file, or hf:NAME[:CONFIG][:SPLIT].",
     ),
     Option(
@@ -150,14 +172,14 @@ OPTIONS: tuple[Option, ...] = (
         name="window_size",
         metavar="TOKENS",
         default="2048",
-        parse=_positive,
+        parse=_whole(2),  # a window needs one token to condition on and one to predict
         help="Length of a window in tokens.",
     ),
     Option(
         name="stride",
         metavar="TOKENS",
         default="512",
-        parse=_positive,
+        parse=_whole(1),
         help="Distance between the starts of two windows in tokens.",
     ),
     Option(
@@ -254,7 +276,7 @@ OPTIONS: tuple[Option, ...] = (
         name="startup_timeout",
         metavar="SECONDS",
         default="1800",
-        parse=_positive,
+        parse=_whole(1),
         help="How long a SGLang server may take to become ready.",
     ),
     Option(
@@ -279,11 +301,11 @@ OPTIONS: tuple[Option, ...] = (
         help="Directory for captures and scores. Default: pytest-kld in the user's cache directory.",
     ),
     Option(name="refresh", flag=True, help="Capture and compare anew what the cache already holds."),
-    Option(name="junit", metavar="FILE", parse=_path, help="Write a JUnit report: a suite per candidate."),
+    Option(name="junit", metavar="FILE", parse=_report, help="Write a JUnit report: a suite per candidate."),
     Option(
         name="json",
         metavar="FILE",
-        parse=_path,
+        parse=_report,
         help="Write a JSON report: figures, protocol, versions, keys.",
     ),
     *(

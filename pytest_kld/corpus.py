@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 BUILT_IN = ("wikitext-2", "python-docs")
+CORPUS_FILES = (".txt", ".jsonl", ".parquet")
 _WAYS_OUT = (
     f"Give --kld-dataset one of {', '.join(BUILT_IN)}, a .txt, .jsonl or .parquet file, or hf:NAME[:CONFIG][:SPLIT]."
 )

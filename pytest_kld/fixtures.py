@@ -269,24 +269,51 @@ def kld_candidate(
         return _kld_measurement.candidate_capture(model, arguments, kld_windows, kld_reference)
 
 
-@pytest.fixture(scope="session")
-def _kld_scores(
-    _kld_measurement: Measurement, kld_windows: Windows, kld_reference: Capture, kld_candidate: Capture
-) -> Scores:
-    with _measuring():
-        return _kld_measurement.scores(kld_reference, kld_candidate, kld_windows)
-
-
 @pytest.fixture
-def kld(request: pytest.FixtureRequest, kld_config: KLDConfig, _kld_scores: Scores) -> KLD:
+def kld(
+    request: pytest.FixtureRequest,
+    _kld_measurement: Measurement,
+    kld_config: KLDConfig,
+    kld_windows: Windows,
+    kld_reference: Capture,
+    kld_candidate: Capture,
+    _kld_arguments: EngineArguments,
+) -> KLD:
     """The figures of the candidate. Limits of marker, command line and ini are checked after the test's body."""
     with _measuring():
+        if isinstance(kld_candidate, str):
+            raise ModelError(f"kld_candidate is {kld_candidate!r}, a name: parametrize it with indirect=True")
+        _require_used(request, _kld_arguments)
+        # Scores are no session fixture: a directory may override what they are made of, and pytest would go on with
+        # the scores of the directory before.
         return KLD(
             reference=reference_label(kld_config),
             candidate=candidate_label(request.node),
             bounds=bounds_of(request.node, kld_config),
-            scores=_kld_scores,
+            scores=_kld_measurement.scores(kld_reference, kld_candidate, kld_windows),
         )
+
+
+def _require_used(request: pytest.FixtureRequest, used: EngineArguments) -> None:
+    """Refuse a test that sees other arguments than the ones its captures were made with.
+
+    pytest makes a session fixture once, whatever the directories below override.
+
+    Raises:
+        ModelError: names the fixture that is overridden for a part of the tests only.
+
+    """
+    for fixture, arguments in (
+        ("kld_reference_args", used.loading["reference"]),
+        ("kld_candidate_args", used.loading["candidate"]),
+        ("kld_server_args", used.server_args),
+        ("kld_server_env", used.server_env),
+    ):
+        if request.getfixturevalue(fixture) != arguments:
+            raise ModelError(
+                f"{fixture} is overridden for a part of the tests, and the models ran with other arguments. Override "
+                "it for the whole session, or run the tests of each part apart."
+            )
 
 
 def bounds_of(item: pytest.Item, config: KLDConfig) -> dict[str, float]:

@@ -210,3 +210,15 @@ class Figure(float):
             f"{self.label} of {self.pair} is {float(self):.6g}{unit}, "
             f"{abs(self - other):.6g} away from {float(other):.6g}",
         ]
+
+
+_MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "==", "!=": "!="}
+
+
+def explain_comparison(operator: str, left: object, right: object) -> list[str] | None:
+    """Explain a failed comparison of a figure with a number, on either side; None where there is none."""
+    if isinstance(left, Figure) and isinstance(right, int | float):
+        return left.explain(operator, right)
+    if isinstance(right, Figure) and isinstance(left, int | float) and operator in _MIRRORED:
+        return right.explain(_MIRRORED[operator], left)
+    return None

@@ -7,21 +7,31 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_kld.config import CONFIG
+from pytest_kld.errors import CacheError
 from pytest_kld.fixtures import KLD, candidate_label, reference_label
 from pytest_kld.gate import Verdict, judge
 from pytest_kld.report import terminal
 from pytest_kld.result import GateResult, Outcome, checks_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
     from _pytest.terminal import TerminalReporter
 
 _SETUP_SECONDS = pytest.StashKey[float]()
+_BODY_PASSED = pytest.StashKey[bool]()
+"""Set when the limits fail the test, so that it is not taken for a failure of the body."""
+
+_CRASH = "???"
+"""What xdist writes for the phase of a test in which its worker died."""
 
 
 def check_limits(item: pytest.Item) -> None:
     """Fail the test if a figure is over its limit. Does nothing for tests that are not gated."""
     kld = _kld_of(item)
     if kld is not None and not (verdict := _verdict(kld)).passed:
+        item.stash[_BODY_PASSED] = True
         pytest.fail(explain(kld, verdict), pytrace=False)
 
 
@@ -31,40 +41,48 @@ def explain(kld: KLD, verdict: Verdict) -> str:
 
 
 def attach_result(item: pytest.Item, report: pytest.TestReport) -> None:
-    """Put the result on the report of the phase that decided it, where reports and xdist find it."""
+    """Put the result on the report of the phase that decided it, where reports and xdist find it.
+
+    A test that is skipped is not gated and has no result. One that is expected to fail has: it was measured.
+    """
     if report.when == "setup":
         item.stash[_SETUP_SECONDS] = report.duration
+    if report.when == "teardown" or (report.when == "setup" and report.passed):
+        return
+    if report.skipped and not hasattr(report, "wasxfail"):
+        return
     kld = _kld_of(item)
-    if kld is None and not (report.when == "setup" and report.failed):
-        return
-    if report.when == "teardown" or (report.when == "setup" and kld is not None):
-        return
     result = _result(item, report, kld)
+    item.user_properties[:] = [pair for pair in item.user_properties if not pair[0].startswith("kld_")]
     item.user_properties.extend(result.properties())
     report.user_properties = list(item.user_properties)
     report.kld = result.to_json()  # type: ignore[attr-defined]
-    if kld is not None and report.failed and _verdict(kld).passed is False and not _is_verdict(report):
-        report.sections.append(("kld", explain(kld, _verdict(kld))))
+    if kld is not None and result.body_passed is False and not (verdict := _verdict(kld)).passed:
+        report.sections.append(("kld", explain(kld, verdict)))
 
 
 def _result(item: pytest.Item, report: pytest.TestReport, kld: KLD | None) -> GateResult:
     config = item.config.stash[CONFIG]
     verdict = _verdict(kld) if kld else None
+    called, xfail = report.when == "call", hasattr(report, "wasxfail")
+    body_passed = (report.passed or item.stash.get(_BODY_PASSED, False)) if called else None
     outcome: Outcome = "passed"
-    if kld is None:
+    if kld is None or not called:
         outcome = "error"
-    elif report.failed or (verdict and not verdict.passed):
+    elif not body_passed or (verdict and not verdict.passed):
         outcome = "failed"
     return GateResult(
         nodeid=item.nodeid,
         reference=reference_label(config),
         candidate=candidate_label(item),
         outcome=outcome,
+        xfail=xfail,
         message="" if outcome == "passed" else report.longreprtext,
+        body_passed=body_passed,
         figures=kld.summary.to_json() if kld else None,
         checks=checks_of(verdict) if verdict else (),
         about=kld.scores.about if kld else None,
-        seconds=item.stash.get(_SETUP_SECONDS, 0.0) + (report.duration if report.when == "call" else 0.0),
+        seconds=item.stash.get(_SETUP_SECONDS, 0.0) + (report.duration if called else 0.0),
     )
 
 
@@ -75,6 +93,7 @@ class Results:
         """Begin with none."""
         self._config = config
         self._by_test: dict[str, GateResult] = {}
+        self._complaints: list[str] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keep the result of each test; of a test that was run again, the last."""
@@ -82,30 +101,70 @@ class Results:
         if data is not None:
             result = GateResult.from_json(data)
             self._by_test[result.nodeid] = result
+        elif report.when == _CRASH and (lost := self._lost(report)):
+            self._by_test[lost.nodeid] = lost
 
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Write the report files, also when nothing was gated: an old file must not pass for this session's."""
-        config, results = self._config.stash[CONFIG], list(self._by_test.values())
-        if config.junit:
-            from pytest_kld.report.junit import write_junit
-
-            write_junit(config.junit, results)
-        if config.json:
-            from pytest_kld.report.json_file import write_json_report
-
-            write_json_report(config.json, results)
+        if self._config.option.collectonly:
+            return
+        for write, path in self._files():
+            try:
+                write(path, self._results())
+            except CacheError as error:  # the figures are still worth showing, so the session ends as usual
+                self._complaints.append(f"cannot write the report {path}: {error.__cause__}")
+                session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: TerminalReporter) -> None:
         """Print the table."""
-        results, config = list(self._by_test.values()), self._config.stash[CONFIG]
+        results, config = self._results(), self._config.stash[CONFIG]
+        for complaint in self._complaints:
+            terminalreporter.write_line(f"ERROR: {complaint}", red=True)
         if not results:
             return
         terminalreporter.section("KLD")
-        for line in terminal.table(results):
+        for line in (*terminal.table(results), *terminal.notes(results)):
             terminalreporter.write_line(line)
         for name, path in (("JUnit", config.junit), ("JSON", config.json)):
-            if path:
+            if path and not self._complaints:
                 terminalreporter.write_line(f"{name} report: {path}")
+
+    def _files(self) -> Iterator[tuple[Callable[[Path, Sequence[GateResult]], None], Path]]:
+        config = self._config.stash[CONFIG]
+        if config.junit:
+            from pytest_kld.report.junit import write_junit
+
+            yield write_junit, config.junit
+        if config.json:
+            from pytest_kld.report.json_file import write_json_report
+
+            yield write_json_report, config.json
+
+    def _lost(self, report: pytest.TestReport) -> GateResult | None:
+        """Return the result of a test that took its process with it, if its name tells that it was gated."""
+        config = self._config.stash[CONFIG]
+        parameters = report.nodeid.partition("[")[2]
+        named = [model.label for model in config.candidate if model.label in parameters]
+        if not named:
+            return None
+        return GateResult(
+            nodeid=report.nodeid,
+            reference=reference_label(config),
+            candidate=max(named, key=len),
+            outcome="error",
+            message=report.longreprtext,
+        )
+
+    def _results(self) -> list[GateResult]:
+        """Return the results in the order in which the candidates were named, however workers finished."""
+        labels = [model.label for model in self._config.stash[CONFIG].candidate]
+
+        def rank(result: GateResult) -> int:
+            name = result.candidate
+            named = [label for label in labels if name == label or name.startswith(f"{label} (")]  # (MoE backend)
+            return labels.index(named[0]) if named else len(labels)
+
+        return sorted(self._by_test.values(), key=rank)
 
 
 def _kld_of(item: pytest.Item) -> KLD | None:
@@ -115,7 +174,3 @@ def _kld_of(item: pytest.Item) -> KLD | None:
 
 def _verdict(kld: KLD) -> Verdict:
     return judge(kld.summary.to_json(), kld.bounds)
-
-
-def _is_verdict(report: pytest.TestReport) -> bool:
-    return "KLD limits exceeded" in report.longreprtext

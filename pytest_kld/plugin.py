@@ -11,14 +11,15 @@ from pytest_kld.collection import (
     MARKER,
     add_builtin_gate,
     is_gated,
+    mark_gated,
     parametrize_candidates,
+    refuse_idle_markers,
     request_fixture_of_marked,
 )
 from pytest_kld.config import CONFIG, add_options, build_config
 from pytest_kld.fixtures import (  # noqa: F401 (pytest finds fixtures by their names in this module)
     _kld_arguments,
     _kld_measurement,
-    _kld_scores,
     kld,
     kld_candidate,
     kld_candidate_args,
@@ -31,7 +32,7 @@ from pytest_kld.fixtures import (  # noqa: F401 (pytest finds fixtures by their 
     kld_server_env,
     kld_windows,
 )
-from pytest_kld.gate import Figure
+from pytest_kld.gate import explain_comparison
 from pytest_kld.gating import Results, attach_result, check_limits
 from pytest_kld.report.terminal import header
 
@@ -60,15 +61,19 @@ def pytest_pycollect_makeitem(collector: pytest.Module | pytest.Class, name: str
     request_fixture_of_marked(collector, name, obj)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run each gated test once per candidate."""
     parametrize_candidates(metafunc)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.Item]) -> None:
-    """Add the built-in gate where there is no test of one's own."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.Item]) -> Generator[None]:
+    """Add the built-in gate where there is no test of one's own; refuse markers that would gate nothing."""
     add_builtin_gate(session, items)
+    mark_gated(items)
+    yield
+    refuse_idle_markers(session, items)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -90,6 +95,4 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
     """Explain a failed comparison of a figure with a number."""
-    if isinstance(left, Figure) and isinstance(right, int | float):
-        return left.explain(op, right)
-    return None
+    return explain_comparison(op, left, right)

@@ -25,6 +25,8 @@ class GateResult:
         candidate: how the user named the candidate.
         outcome: `passed`; `failed`: measured and over a limit, or the test's own assertion; `error`: not measured.
         message: why, if not passed.
+        xfail: whether the test is marked as expected to fail.
+        body_passed: whether the test's own body passed; None if it did not run.
         figures: the `Summary` by name; None if not measured.
         checks: each limit with `limit`, `figure`, `value`, `bound`, `passed`.
         about: what was compared and how, from the scores; None if not measured.
@@ -37,6 +39,8 @@ class GateResult:
     candidate: str
     outcome: Outcome
     message: str = ""
+    xfail: bool = False
+    body_passed: bool | None = None
     figures: dict[str, Any] | None = None
     checks: tuple[dict[str, Any], ...] = ()
     about: dict[str, Any] | None = None
@@ -46,6 +50,20 @@ class GateResult:
     def band(self) -> str | None:
         """Return the word for the mean KL, or None if not measured."""
         return None if self.figures is None else band(self.figures["mean"])
+
+    @property
+    def notes(self) -> list[str]:
+        """Return what a reader of the figures should know about how they came about."""
+        if self.about is None:
+            return []
+        sides = [(self.about[side].get("key") or {}).get("engine") or {} for side in ("reference", "candidate")]
+        reference, candidate = (side.get("engine") for side in sides)
+        if None in (reference, candidate) or reference == candidate:
+            return []
+        return [
+            f"{self.candidate} ran in {candidate} and the reference in {reference}: part of the divergence is between "
+            "the engines, about 2e-3 nats in bfloat16"
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
@@ -90,5 +108,5 @@ def by_candidate(results: Sequence[GateResult]) -> dict[str, list[GateResult]]:
 
 
 def worst(results: Sequence[GateResult]) -> GateResult:
-    """Return the result that decides over a candidate: an error before a failure before a pass."""
-    return max(results, key=lambda result: ("passed", "failed", "error").index(result.outcome))
+    """Return the result that decides over a candidate: an error before a failure before an expected one or a pass."""
+    return max(results, key=lambda result: (("passed", "failed", "error").index(result.outcome), not result.xfail))

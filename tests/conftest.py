@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,66 @@ def candidate_dir(make_model: MakeModel) -> Path:
 def broken_dir(make_model: MakeModel) -> Path:
     """The same model with much noise: mean KL above 0.1 nats."""
     return make_model("broken", noise=0.005)
+
+
+@pytest.fixture(scope="session")
+def unloadable_dir(make_model: MakeModel) -> Path:
+    """A model whose weights are truncated: it looks right until it is loaded."""
+    path = make_model("unloadable")
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    return path
+
+
+class Gate:
+    """Runs pytest on tiny models, in a directory of its own and with a cache that all tests share."""
+
+    def __init__(self, pytester: pytest.Pytester, reference: Path, candidate: Path, text: Path, cache: Path) -> None:
+        self.pytester, self.path = pytester, pytester.path
+        self.reference, self.candidate = reference, candidate
+        self.protocol = (f"--kld-dataset={text}", *SMALL_RUN[1:])
+        self.cache = f"--kld-cache-dir={cache}"
+
+    def __call__(
+        self, *arguments: str, candidates: tuple[Path | str, ...] | None = None, subprocess: bool = False
+    ) -> pytest.RunResult:
+        """Gate the candidates; options that come later win."""
+        named = (self.candidate,) if candidates is None else candidates
+        options = [f"--kld-ref={self.reference}", *(f"--kld-candidate={path}" for path in named)]
+        run = self.pytester.runpytest_subprocess if subprocess else self.pytester.runpytest_inprocess
+        return run(*options, *self.protocol, self.cache, *arguments)
+
+    def results(self, name: str = "report.json") -> list[dict[str, Any]]:
+        """Return the results in a JSON report."""
+        results: list[dict[str, Any]] = json.loads((self.path / name).read_text())["results"]
+        return results
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short text, which tokenizes quickly."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(load_corpus("python-docs", Path()).text[:5_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def gate_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gate-cache")
+
+
+@pytest.fixture
+def gate(
+    pytester: pytest.Pytester,
+    monkeypatch: pytest.MonkeyPatch,
+    reference_dir: Path,
+    candidate_dir: Path,
+    text_file: Path,
+    gate_cache: Path,
+) -> Gate:
+    """A function that runs the gate; see `Gate`. Plugins that have no part in it are not loaded."""
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:hypothesispytest -p no:anyio -p no:platformdirs")
+    return Gate(pytester, reference_dir, candidate_dir, text_file, gate_cache)
 
 
 @pytest.fixture

@@ -27,9 +27,13 @@ def write_json_report(path: Path, results: Sequence[GateResult]) -> None:
             "schema_version": SCHEMA_VERSION,
             "pytest_kld": __version__,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "results": [_json_numbers({**result.to_json(), "band": result.band}) for result in results],
+            "results": [_json_numbers(_described(result)) for result in results],
         },
     )
+
+
+def _described(result: GateResult) -> dict[str, Any]:
+    return {**result.to_json(), "band": result.band, "notes": result.notes}
 
 
 def _json_numbers(value: Any) -> Any:

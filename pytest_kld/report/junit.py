@@ -1,10 +1,15 @@
-"""The stand-alone JUnit report: a suite per candidate, a case per limit."""
+"""The stand-alone JUnit report: a suite per candidate, a case per limit.
+
+It keeps to the schema of Jenkins' xUnit plugin, which knows properties of suites and not of cases; what a case has to
+say is in its system-out.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Any
 
-from junitparser import Error, Failure, JUnitXml, Properties, Property, TestCase, TestSuite
+from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 
 from pytest_kld.files import write_atomically
 from pytest_kld.gate import LIMITS, Check
@@ -14,20 +19,34 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+_NO_XML = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""Characters that XML 1.0 has no way to write, or asks to avoid."""
+
 
 def write_junit(path: Path, results: Sequence[GateResult]) -> None:
     """Write the report. A limit that holds is a case that passed; what was not measured is an error."""
     report = JUnitXml(name="pytest-kld")
     for candidate, group in by_candidate(results).items():
         report.add_testsuite(_suite(candidate, group))
-    report.update_statistics()
+    _total(report)
     write_atomically(path, report.tostring())
 
 
+def _total(report: JUnitXml) -> None:
+    """Write the sums. Not `update_statistics`: the schema knows `skipped` of suites only, and three decimals."""
+    for suite in report:
+        suite.update_statistics()
+        suite.time = round(suite.time, 3)
+    for name in ("tests", "failures", "errors"):
+        setattr(report, name, sum(getattr(suite, name) for suite in report))
+    report.time = round(sum(suite.time for suite in report), 3)
+
+
 def _suite(candidate: str, group: Sequence[GateResult]) -> TestSuite:
-    suite = TestSuite(candidate)
-    for name, value in group[0].properties():
-        suite.add_property(name, str(value))
+    suite = TestSuite(_xml(candidate))
+    measured = next((result for result in group if result.figures), group[0])
+    for name, value in measured.properties():
+        suite.add_property(name, _xml(str(value)))
     for result in group:
         for case in _cases(result):
             suite.add_testcase(case)
@@ -35,29 +54,38 @@ def _suite(candidate: str, group: Sequence[GateResult]) -> TestSuite:
 
 
 def _cases(result: GateResult) -> list[TestCase]:
-    cases = []
-    for data in result.checks:
-        check = Check(limit=LIMITS[data["limit"]], value=data["value"], bound=data["bound"])
-        case = TestCase(name=data["limit"], classname=result.nodeid, time=0)
-        properties = Properties()
-        properties.add_property(Property("value", str(check.value)))
-        properties.add_property(Property("limit", str(check.bound)))
-        case.append(properties)
-        if not check.passed:
-            case.result = [_told(Failure, str(check), "limit exceeded")]
-        cases.append(case)
-    within = all(data["passed"] for data in result.checks)
-    if result.outcome == "error" or (result.outcome == "failed" and within):
-        case = TestCase(name="measurement" if result.outcome == "error" else "test", classname=result.nodeid, time=0)
-        kind = Error if result.outcome == "error" else Failure
-        case.result = [_told(kind, result.message, "not measured" if kind is Error else "assertion")]
-        cases.append(case)
+    cases = [_limit_case(result, data) for data in result.checks]
+    if result.outcome == "error":
+        cases.append(_case(result, "measurement", Error, "not measured", result.message))
+    elif result.body_passed is False:
+        cases.append(_case(result, "test", Failure, "assertion", result.message))
     if cases:
-        cases[0].time = result.seconds
+        cases[0].time = round(result.seconds, 3)
     return cases
 
 
-def _told(kind: type[Error] | type[Failure], message: str, category: str) -> Error | Failure:
-    told = kind(message.splitlines()[0] if message else category, category)
-    told.text = message
-    return told
+def _limit_case(result: GateResult, data: dict[str, Any]) -> TestCase:
+    check = Check(limit=LIMITS[data["limit"]], value=data["value"], bound=data["bound"])
+    kind = None if check.passed else Failure
+    case = _case(result, data["limit"], kind, "limit exceeded", str(check))
+    case.system_out = f"{check}\nvalue {check.value}\nlimit {check.bound}"
+    return case
+
+
+def _case(result: GateResult, name: str, kind: type[Error | Failure] | None, category: str, message: str) -> TestCase:
+    case = TestCase(name=name, classname=_xml(result.nodeid), time=0)
+    if kind is None:
+        return case
+    headline = _xml(message.partition("\n")[0] or category)
+    if result.xfail and kind is Failure:
+        told: Error | Failure | Skipped = Skipped(headline, "expected failure")
+    else:
+        told = kind(headline, category)
+    told.text = _xml(message)
+    case.result = [told]
+    return case
+
+
+def _xml(text: str) -> str:
+    """Return text with the characters that XML cannot hold spelled out, as pytest spells them in its own report."""
+    return _NO_XML.sub(lambda match: f"#x{ord(match.group()):02X}", text)

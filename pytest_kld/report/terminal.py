@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from pytest_kld import __version__
@@ -54,13 +54,14 @@ class TerminalProgress:
     def _write(self, line: str, *, last: bool) -> None:
         if self._reporter is None:
             return
-        with self._capturing.global_and_fixture_disabled():
+        with self._capturing.global_and_fixture_disabled() if self._capturing else nullcontext():
+            self._reporter.ensure_newline()
             if self._reporter.isatty:
-                self._reporter.rewrite(line, erase=True)
+                width = self._reporter._tw.fullwidth - 1  # what is longer wraps, and could not be rewritten
+                self._reporter.rewrite(line if last else line[:width], erase=True)
                 if last:
                     self._reporter.write_line("")
             else:
-                self._reporter.ensure_newline()
                 self._reporter.write_line(line)
             self._reporter.flush()
 
@@ -138,8 +139,19 @@ def table(results: Sequence[GateResult]) -> list[str]:
     return [f"{title})", lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
+def notes(results: Sequence[GateResult]) -> list[str]:
+    """Return the lines under the table, each once."""
+    return list(dict.fromkeys(f"note: {note}" for result in results for note in result.notes))
+
+
+def _verdict(result: GateResult) -> str:
+    if result.xfail and result.outcome == "failed":
+        return "xfail"
+    return {"passed": "pass", "failed": "FAIL", "error": "ERROR"}[result.outcome]
+
+
 def _row(candidate: str, group: Sequence[GateResult]) -> list[str]:
-    verdict = {"passed": "pass", "failed": "FAIL", "error": "ERROR"}[worst(group).outcome]
+    verdict = _verdict(worst(group))
     result = next((result for result in group if result.figures), None)
     if result is None or result.figures is None:
         return [candidate, *["-"] * 7, verdict, "-"]
