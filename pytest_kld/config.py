@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import pytest
 
+from pytest_kld.corpus import DatasetSpec
 from pytest_kld.engines.sglang_arguments import check_arguments, parse_command
 from pytest_kld.errors import ServerError
 from pytest_kld.gate import DEFAULT_BOUNDS, LIMITS, Limit, merge_bounds
@@ -18,6 +19,7 @@ from pytest_kld.models import ModelSpec
 
 Store = Literal["auto", "hidden", "logits", "logprobs"]
 HeadMode = Literal["exact", "native"]
+Metrics = Literal["core", "all"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +73,12 @@ def _choice(*choices: str) -> Callable[[str, Path], str]:
 def _positive(text: str, _: Path) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _whole(text: str, _: Path) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"expected a whole number of at least 0, got {text!r}")
     return int(text)
 
 
@@ -137,7 +145,15 @@ OPTIONS: tuple[Option, ...] = (
         name="dataset",
         metavar="TEXT",
         default="wikitext-2",
-        help="Text: wikitext-2, python-docs (offline), a .txt, .jsonl or .parquet file, or hf:NAME[:CONFIG][:SPLIT].",
+        parse=lambda text, base: DatasetSpec(name=text, base=base),
+        repeatable=True,
+        help="Text: wikitext-2, python-docs (offline), a .txt, .jsonl (text or messages) or .parquet file, or "
+        "hf:NAME[:CONFIG][:SPLIT]; repeatable: figures are then the average over datasets.",
+    ),
+    Option(
+        name="each_dataset",
+        flag=True,
+        help="Hold each of several datasets to the limits, too, not only their average. Default: off.",
     ),
     Option(
         name="windows",
@@ -159,6 +175,20 @@ OPTIONS: tuple[Option, ...] = (
         default="512",
         parse=_positive,
         help="Distance between the starts of two windows in tokens.",
+    ),
+    Option(
+        name="skip_first",
+        metavar="N",
+        default="0",
+        parse=_whole,
+        help="Leave the first N positions of each window, with fewer than N tokens before them, out of the figures.",
+    ),
+    Option(
+        name="metrics",
+        metavar="METRICS",
+        default="core",
+        parse=_choice("core", "all"),
+        help="Figures to compute: core, or all (a second pass). A limit on one of the others implies all.",
     ),
     Option(
         name="engine",
@@ -307,6 +337,7 @@ class KLDConfig:
     Attributes:
         ref: the reference, or None.
         candidate: the candidates, in the order given.
+        dataset: the datasets, in the order given.
         windows: number of windows; None means all that the text gives.
         bounds: limits by name, command line over ini over default.
         given_limits: options of limits that stand on the command line.
@@ -319,10 +350,13 @@ class KLDConfig:
     ref: ModelSpec | None
     candidate: tuple[ModelSpec, ...]
     tokenizer: ModelSpec | None
-    dataset: str
+    dataset: tuple[DatasetSpec, ...]
+    each_dataset: bool
     windows: int | None
     window_size: int
     stride: int
+    skip_first: int
+    metrics: Metrics
     engine: str
     dtype: str
     device: str
@@ -394,15 +428,23 @@ def build_config(config: pytest.Config) -> KLDConfig:
             given.add(option.name)
         if raw is None or raw == []:
             raw, source = option.default, option.option
+            if raw is not None and option.repeatable:
+                raw = [raw]
         values[option.name] = _parse(option, raw, source, base)
 
     _check_servers(values)
+    if values["skip_first"] > values["window_size"] - 2:
+        raise pytest.UsageError(
+            f"--kld-skip-first: {values['skip_first']} positions leave none that predicts a token in windows of "
+            f"{values['window_size']} tokens; give at most {values['window_size'] - 2}"
+        )
     by_limit: dict[str, float | None] = {name: value for name in LIMITS if (value := values.pop(name)) is not None}
     from_options = [option.option for option in OPTIONS if option.name in LIMITS and option.name in given]
     for name in _TUPLES:
         values[name] = values[name] or ()
     values["trust_remote_code"] = bool(values["trust_remote_code"])
     values["refresh"] = bool(values["refresh"])
+    values["each_dataset"] = bool(values["each_dataset"])
     values["cache_dir"] = values["cache_dir"] or _default_cache_dir()
     return KLDConfig(
         **values,

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pytest_kld.errors import CorpusError
+
+Rows = list[str] | list[list[Any]]
+"""Texts, or conversations."""
+Render = Callable[[list[Any]], str]
+"""Turns a conversation, a list of messages with `role` and `content`, into text. See `windows.chat_renderer`."""
 
 BUILT_IN = ("wikitext-2", "python-docs")
 _WAYS_OUT = (
@@ -17,8 +23,20 @@ _WAYS_OUT = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetSpec:
+    """A dataset as the user named it, and the directory that a relative path starts from."""
+
+    name: str
+    base: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Corpus:
-    """A text and its name. Documents are joined with two newlines, as is usual for WikiText."""
+    """A text and its name.
+
+    Documents are joined with two newlines, as is usual for WikiText; conversations with nothing, as a chat template
+    ends its last message itself.
+    """
 
     name: str
     text: str
@@ -29,19 +47,22 @@ class Corpus:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-def load_corpus(dataset: str, base: Path) -> Corpus:
+def load_corpus(dataset: str, base: Path, render: Render | None = None) -> Corpus:
     """Load the text that `--kld-dataset` names.
 
     Args:
         dataset: `wikitext-2` (raw, test split), `python-docs` (the language reference that comes with the
             interpreter), a file ending in .txt, .jsonl or .parquet (with a `text` field), or
-            `hf:NAME[:CONFIG][:SPLIT]` (split `test` by default, a `text` field).
+            `hf:NAME[:CONFIG][:SPLIT]` (split `test` by default, a `text` field). The rows of a .jsonl file may have
+            `messages` in place of `text`, all of them or none.
         base: the directory that a relative path starts from.
+        render: turns `messages` into text.
 
     Raises:
-        CorpusError: unknown, unreadable, without a text field, or empty.
+        CorpusError: unknown, unreadable, without a text field, or empty; or a conversation cannot be rendered.
 
     """
+    separator = "\n\n"
     if dataset == "wikitext-2":
         documents = _hub_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
     elif dataset == "python-docs":
@@ -50,8 +71,10 @@ def load_corpus(dataset: str, base: Path) -> Corpus:
         name, config, split = (*dataset.removeprefix("hf:").split(":"), "", "")[:3]
         documents = _hub_dataset(name, config or None, split or "test")
     else:
-        documents = _file(base / Path(dataset).expanduser(), dataset)
-    text = "\n\n".join(documents)
+        rows = _file(base / Path(dataset).expanduser(), dataset)
+        documents = [row if isinstance(row, str) else _rendered(row, render, dataset) for row in rows]
+        separator = "\n\n" if any(isinstance(row, str) for row in rows) else ""
+    text = separator.join(documents)
     if not text.strip():
         raise CorpusError(f"the dataset {dataset} is empty: there is no text to measure on. {_WAYS_OUT}")
     return Corpus(name=dataset, text=text)
@@ -78,8 +101,21 @@ def _hub_dataset(name: str, config: str | None, split: str) -> list[str]:
     return [str(text) for text in rows["text"]]
 
 
-def _file(path: Path, dataset: str) -> list[str]:
-    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+def _rendered(messages: list[Any], render: Render | None, dataset: str) -> str:
+    if render is None:
+        raise CorpusError(f"the dataset {dataset} holds conversations, and there is no tokenizer to render them")
+    try:
+        return render(messages)
+    except Exception as error:  # a template raises what its author thought of, for messages that it does not take
+        raise CorpusError(f"the dataset {dataset}: the chat template does not take a conversation: {error}") from error
+
+
+def _file(path: Path, dataset: str) -> Rows:
+    readers: dict[str, Callable[[Path], Rows]] = {
+        ".txt": _read_txt,
+        ".jsonl": _read_jsonl,
+        ".parquet": _read_parquet,
+    }
     if path.suffix not in readers:
         raise CorpusError(f"unknown dataset {dataset!r}. {_WAYS_OUT}")
     try:
@@ -92,19 +128,35 @@ def _read_txt(path: Path) -> list[str]:
     return [path.read_text(encoding="utf-8")]
 
 
-def _read_jsonl(path: Path) -> list[str]:
-    documents = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+def _read_jsonl(path: Path) -> Rows:
+    documents: list[str] = []
+    conversations: list[list[Any]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
-            document: Any = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorpusError(f"{path}, line {number}: expected an object with a field `text`: {error!r}") from error
-        if not isinstance(document, str):
-            raise CorpusError(f"{path}, line {number}: the field `text` is {type(document).__name__}, not a string")
-        documents.append(document)
-    return documents
+            row: Any = json.loads(line)
+        except ValueError as error:
+            raise CorpusError(f"{path}, line {number}: this is no JSON: {error}") from error
+        match row:
+            case {"text": _, "messages": _}:
+                raise CorpusError(f"{path}, line {number}: `text` or `messages` is meant, and both are there")
+            case {"text": str(text)}:
+                documents.append(text)
+            case {"messages": [*messages]} if messages and all(map(_is_message, messages)):
+                conversations.append(messages)
+            case _:
+                raise CorpusError(
+                    f"{path}, line {number}: expected an object with a field `text` that is a string, or with a field "
+                    "`messages` that is a list of objects with `role` and `content`"
+                )
+        if documents and conversations:
+            raise CorpusError(f"{path}, line {number}: some rows have `text` and some `messages`; take them apart")
+    return conversations or documents
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
 
 
 def _read_parquet(path: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_kld.gate import band
@@ -25,8 +25,9 @@ class GateResult:
         candidate: how the user named the candidate.
         outcome: `passed`; `failed`: measured and over a limit, or the test's own assertion; `error`: not measured.
         message: why, if not passed.
-        figures: the `Summary` by name; None if not measured.
-        checks: each limit with `limit`, `figure`, `value`, `bound`, `passed`.
+        figures: the `Summary` by name, of several datasets their macro average; None if not measured.
+        datasets: the same of each dataset, by its name.
+        checks: each limit with `limit`, `figure`, `dataset` (None: the macro average), `value`, `bound`, `passed`.
         about: what was compared and how, from the scores; None if not measured.
         seconds: how long the test took, its share of shared set-up included.
 
@@ -38,6 +39,7 @@ class GateResult:
     outcome: Outcome
     message: str = ""
     figures: dict[str, Any] | None = None
+    datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
     checks: tuple[dict[str, Any], ...] = ()
     about: dict[str, Any] | None = None
     seconds: float = 0.0
@@ -73,6 +75,7 @@ def checks_of(verdict: Verdict) -> tuple[dict[str, Any], ...]:
         {
             "limit": check.limit.name,
             "figure": check.limit.figure,
+            "dataset": check.dataset,
             "value": check.value,
             "bound": check.bound,
             "passed": check.passed,

@@ -37,8 +37,11 @@ def _suite(candidate: str, group: Sequence[GateResult]) -> TestSuite:
 def _cases(result: GateResult) -> list[TestCase]:
     cases = []
     for data in result.checks:
-        check = Check(limit=LIMITS[data["limit"]], value=data["value"], bound=data["bound"])
-        case = TestCase(name=data["limit"], classname=result.nodeid, time=0)
+        dataset = data["dataset"]
+        check = Check(limit=LIMITS[data["limit"]], value=data["value"], bound=data["bound"], dataset=dataset)
+        case = TestCase(
+            name=f"{data['limit']}[{dataset}]" if dataset else data["limit"], classname=result.nodeid, time=0
+        )
         properties = Properties()
         properties.add_property(Property("value", str(check.value)))
         properties.add_property(Property("limit", str(check.bound)))
