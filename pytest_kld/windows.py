@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -20,9 +19,15 @@ if TYPE_CHECKING:
     from pytest_kld.corpus import Corpus, Render
     from pytest_kld.models import ModelSpec
 
-_TODAY = datetime.date(2024, 7, 26)  # what Llama 3's templates fall back on
 MIN_WINDOW_SIZE = 2
 """A window needs one token to condition on and one to predict."""
+_TODAY = {"d": "26", "m": "07", "b": "Jul", "B": "July", "Y": "2024", "y": "24", "A": "Friday", "a": "Fri"}
+_FIXED_DATE = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace('%{code}', '{text}')" for code, text in _TODAY.items())
+    + " }}{%- endmacro -%}"
+)
+"""What a chat template gets in place of today's date: the one that Llama 3's templates fall back on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +195,8 @@ def chat_renderer(tokenizer: PreTrainedTokenizerBase, label: str) -> Render:
     def render(messages: list[Any]) -> str:
         if not tokenizer.chat_template:
             raise CorpusError(f"the tokenizer of {label} has none; name a model that has one with --kld-tokenizer")
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=_TODAY.strftime))
+        template = _FIXED_DATE + tokenizer.get_chat_template()
+        return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
 
     return render
 
