@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 import pytest
 
-from pytest_kld.corpus import DatasetSpec
+from pytest_kld.corpus import CORPUS_FILES
 from pytest_kld.engines.sglang_arguments import check_arguments, parse_command
 from pytest_kld.errors import ServerError
 from pytest_kld.gate import DEFAULT_BOUNDS, LIMITS, Limit, merge_bounds
@@ -59,6 +60,13 @@ class Option:
 
 def _path(text: str, base: Path) -> Path:
     return (base / Path(text).expanduser()).resolve()
+
+
+def _dataset(text: str, base: Path) -> str:
+    """Keep names; give a file that an ini file names as the path from where pytest was called."""
+    if Path(text).suffix not in CORPUS_FILES or Path(text).expanduser().is_absolute():
+        return text
+    return os.path.relpath(base / text)
 
 
 def _choice(*choices: str) -> Callable[[str, Path], str]:
@@ -145,7 +153,7 @@ OPTIONS: tuple[Option, ...] = (
         name="dataset",
         metavar="TEXT",
         default="wikitext-2",
-        parse=lambda text, base: DatasetSpec(name=text, base=base),
+        parse=_dataset,
         repeatable=True,
         help="Text: wikitext-2, python-docs (offline), a .txt, .jsonl (text or messages) or .parquet file, or "
         "hf:NAME[:CONFIG][:SPLIT]; repeatable: figures are then the average over datasets.",
@@ -337,7 +345,7 @@ class KLDConfig:
     Attributes:
         ref: the reference, or None.
         candidate: the candidates, in the order given.
-        dataset: the datasets, in the order given.
+        dataset: the datasets, in the order given; relative paths start from `base`.
         windows: number of windows; None means all that the text gives.
         bounds: limits by name, command line over ini over default.
         given_limits: options of limits that stand on the command line.
@@ -350,7 +358,7 @@ class KLDConfig:
     ref: ModelSpec | None
     candidate: tuple[ModelSpec, ...]
     tokenizer: ModelSpec | None
-    dataset: tuple[DatasetSpec, ...]
+    dataset: tuple[str, ...]
     each_dataset: bool
     windows: int | None
     window_size: int
@@ -463,8 +471,8 @@ def _parse(option: Option, raw: Any, source: str, base: Path) -> Any:
         if not option.repeatable:
             return option.parse(str(raw), base)
         specs = tuple(option.parse(str(value), base) for value in raw)
-        if repeated := [value for value in raw if list(raw).count(value) > 1]:
-            raise ValueError(f"{repeated[0]!r} is given twice")
+        if repeated := [value for value, spec in zip(raw, specs, strict=True) if specs.count(spec) > 1]:
+            raise ValueError(f"{repeated[-1]!r} is given twice")
     except ValueError as error:
         raise pytest.UsageError(f"{source}: {error}") from None
     return specs

@@ -17,17 +17,10 @@ Render = Callable[[list[Any]], str]
 """Turns a conversation, a list of messages with `role` and `content`, into text. See `windows.chat_renderer`."""
 
 BUILT_IN = ("wikitext-2", "python-docs")
+CORPUS_FILES = (".txt", ".jsonl", ".parquet")
 _WAYS_OUT = (
     f"Give --kld-dataset one of {', '.join(BUILT_IN)}, a .txt, .jsonl or .parquet file, or hf:NAME[:CONFIG][:SPLIT]."
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DatasetSpec:
-    """A dataset as the user named it, and the directory that a relative path starts from."""
-
-    name: str
-    base: Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -79,7 +79,7 @@ class Measurement:
         return join_windows(
             [
                 cut_windows(
-                    load_corpus(dataset.name, dataset.base, render),
+                    load_corpus(dataset, config.base, render),
                     tokenizer,
                     count=config.windows,
                     size=config.window_size,
@@ -143,7 +143,8 @@ class Measurement:
             if self._is_there(path):
                 saved = Scores.load(path)
                 if saved.extended or not extended:
-                    return saved
+                    # The token ids are the same, but their datasets may be called otherwise by now.
+                    return Scores(columns=saved.columns, about={**saved.about, "protocol": windows.protocol()})
             reference.verify()
             candidate.verify()
             self.engine.close()  # a comparison wants the memory that a server holds

@@ -164,18 +164,39 @@ def test_a_gate_over_two_datasets_reports_each_and_judges_the_average(
     assert 'name="max_mean[chat.jsonl]"' in (pytester.path / "report.xml").read_text()
 
 
-def test_datasets_stand_one_a_line_in_an_ini_file_and_start_from_its_directory(pytester: pytest.Pytester) -> None:
+def test_scores_from_the_cache_go_by_the_names_that_the_datasets_have_now(
+    pytester: pytest.Pytester, reference_dir: Path, candidate_dir: Path, tmp_path: Path
+) -> None:
+    text = load_corpus("python-docs", Path()).text
+    (pytester.path / "old.txt").write_text(text[:20_000], encoding="utf-8")
+    (pytester.path / "new.txt").write_text(text[:20_000], encoding="utf-8")
+    pytester.makepyfile(
+        """
+        def test_names(kld, request):
+            assert list(kld.datasets) == request.config.getoption("kld_dataset")
+        """
+    )
+    for name in ("old.txt", "new.txt"):
+        result = pytester.runpytest(
+            *(f"--kld-ref={reference_dir}", f"--kld-candidate={candidate_dir}", f"--kld-cache-dir={tmp_path}"),
+            *("--kld-windows=2", "--kld-window-size=64", "--kld-stride=32"),
+            *(f"--kld-dataset={name}", "--kld-dataset=python-docs"),
+        )
+        result.assert_outcomes(passed=1)
+    assert len(list((tmp_path / "scores").glob("*.safetensors"))) == 1
+
+
+def test_datasets_stand_one_a_line_in_an_ini_file_and_start_from_its_directory(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytester.makeini("[pytest]\nkld_dataset =\n    python-docs\n    texts/a.txt")
-    inner = pytester.mkdir("inner")
-    config = pytester.parseconfig(inner)
-    datasets = build_config(config).dataset
-    assert [dataset.name for dataset in datasets] == ["python-docs", "texts/a.txt"]
-    assert datasets[1].base == pytester.path
+    monkeypatch.chdir(pytester.mkdir("inner"))
+    config = build_config(pytester.parseconfig("--rootdir=..", "-c", "../tox.ini"))
+    assert config.dataset == ("python-docs", str(Path("..", "texts", "a.txt")))
 
 
 def test_the_default_is_one_dataset(pytester: pytest.Pytester) -> None:
-    (dataset,) = build_config(pytester.parseconfig()).dataset
-    assert dataset.name == "wikitext-2"
+    assert build_config(pytester.parseconfig()).dataset == ("wikitext-2",)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +205,7 @@ def test_the_default_is_one_dataset(pytester: pytest.Pytester) -> None:
         (("--kld-skip-first=-1",), "--kld-skip-first: expected a whole number of at least 0, got '-1'"),
         (("--kld-skip-first=63", "--kld-window-size=64"), "--kld-skip-first: 63 positions leave none"),
         (("--kld-metrics=most",), "--kld-metrics: expected one of core, all, got 'most'"),
-        (("--kld-dataset=a.txt", "--kld-dataset=a.txt"), "--kld-dataset: 'a.txt' is given twice"),
+        (("--kld-dataset=a.txt", "--kld-dataset=./a.txt"), "--kld-dataset: './a.txt' is given twice"),
         (("--kld-max-js=1",), "--kld-max-js: expected a number of at least 0 and at most 0.693147, got '1'"),
     ],
 )
