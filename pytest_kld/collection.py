@@ -10,7 +10,7 @@ import pytest
 
 from pytest_kld import builtin_gate
 from pytest_kld.config import CONFIG
-from pytest_kld.gate import parse_marker
+from pytest_kld.gate import LIMITS, parse_marker
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from pytest_kld.models import ModelSpec
 
 MARKER = (
-    "kld(max_mean, max_median, max_p95, max_p99, max_p999, max_max, max_nan, max_ref_nan, min_top1, max_ppl_ratio): "
-    "gate the test on KL(reference || candidate); limits in nats are checked after its body"
+    f"kld({', '.join(LIMITS)}): gate the test on KL(reference || candidate); limits in nats are checked after its body"
 )
 
 

@@ -10,11 +10,14 @@ import torch
 
 from pytest_kld import __version__
 from pytest_kld.capture import LogitsReader
-from pytest_kld.divergence import Reduction, compiled_reduction, divergence, eager_reduction
+from pytest_kld.divergence import Divergence, Reduction, compiled_reduction, divergence, eager_reduction
 from pytest_kld.errors import CaptureError
-from pytest_kld.scores import COLUMNS, SCHEMA, Scores
+from pytest_kld.extended import Extended, extended_divergence
+from pytest_kld.scores import COLUMNS, EXTENDED_COLUMNS, SCHEMA, Scores
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from pytest_kld.capture import Capture
     from pytest_kld.config import HeadMode
     from pytest_kld.progress import Progress
@@ -34,6 +37,7 @@ def compare(
     head: HeadMode,
     device: torch.device,
     progress: Progress,
+    extended: bool = False,
 ) -> Scores:
     """Compute the figures of every position of every window.
 
@@ -44,6 +48,7 @@ def compare(
         head: how logits are recomputed from hidden states.
         device: where to compute.
         progress: told of each window.
+        extended: whether to make a second pass for the columns of `Extended`.
 
     Raises:
         CaptureError: the captures differ in token ids, a window is short, or an id lies outside the common
@@ -55,6 +60,8 @@ def compare(
     readers = [LogitsReader.of(capture, head, device) for capture in (reference, candidate)]
     shape = (windows.count, windows.size)
     columns = {name: np.empty(shape, dtype) for name, dtype in COLUMNS.items()}
+    if extended:
+        columns |= {name: np.empty(shape, np.float64) for name in EXTENDED_COLUMNS}
     columns["token_ids"][:] = windows.token_ids
     reduction, kernel = _pick_reduction(windows.count * windows.size * vocab_size, device)
     rows = max(1, _BLOCK_ELEMENTS // max(reference.vocab_size, candidate.vocab_size))
@@ -65,11 +72,17 @@ def compare(
             for start in range(0, windows.size, rows):
                 stop = min(start + rows, windows.size)
                 logits_r, logits_c = (reader.logits(window, start, stop) for reader in readers)
-                figures = divergence(logits_r, logits_c, labels[start:stop], reduction=reduction)
-                for field in fields(figures):
-                    columns[field.name][window, start:stop] = getattr(figures, field.name).numpy()
+                _keep(divergence(logits_r, logits_c, labels[start:stop], reduction=reduction), columns, window, start)
+                if extended:
+                    _keep(extended_divergence(logits_r, logits_c), columns, window, start)
             task.advance()
     return Scores(columns=columns, about=_about(reference, candidate, windows, head, device, kernel, vocab_size))
+
+
+def _keep(figures: Divergence | Extended, columns: dict[str, NDArray[Any]], window: int, start: int) -> None:
+    for field in fields(figures):
+        values = getattr(figures, field.name).numpy()
+        columns[field.name][window, start : start + len(values)] = values
 
 
 def scores_key(reference: Capture, candidate: Capture, windows: Windows, head: HeadMode) -> dict[str, Any]:
@@ -79,6 +92,8 @@ def scores_key(reference: Capture, candidate: Capture, windows: Windows, head: H
         "pytest_kld": __version__,
         "reference": reference.digest,
         "candidate": candidate.digest,
+        # Captures of two backends may be equal to the bit; what the scores say of them is not.
+        "captures": [reference.manifest["key"], candidate.manifest["key"]],
         "token_ids_sha256": windows.digest,
         "head": head,
     }

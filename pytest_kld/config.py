@@ -20,6 +20,7 @@ from pytest_kld.models import ModelSpec
 
 Store = Literal["auto", "hidden", "logits", "logprobs"]
 HeadMode = Literal["exact", "native"]
+Metrics = Literal["core", "all"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +160,14 @@ OPTIONS: tuple[Option, ...] = (
         metavar="TEXT",
         default="wikitext-2",
         parse=_dataset,
-        help="Text: wikitext-2, python-docs (offline), a .txt, .jsonl or .parquet file, or hf:NAME[:CONFIG][:SPLIT].",
+        repeatable=True,
+        help="Text: wikitext-2, python-docs (offline), a .txt, .jsonl (text or messages) or .parquet file, or "
+        "hf:NAME[:CONFIG][:SPLIT]; repeatable: figures are then the average over datasets.",
+    ),
+    Option(
+        name="each_dataset",
+        flag=True,
+        help="Hold each of several datasets to the limits, too, not only their average. Default: off.",
     ),
     Option(
         name="windows",
@@ -181,6 +189,20 @@ OPTIONS: tuple[Option, ...] = (
         default="512",
         parse=_whole(1),
         help="Distance between the starts of two windows in tokens.",
+    ),
+    Option(
+        name="skip_first",
+        metavar="N",
+        default="0",
+        parse=_whole(0),
+        help="Leave the first N positions of each window, with fewer than N tokens before them, out of the figures.",
+    ),
+    Option(
+        name="metrics",
+        metavar="METRICS",
+        default="core",
+        parse=_choice("core", "all"),
+        help="Figures to compute: core, or all (a second pass). A limit on one of the others implies all.",
     ),
     Option(
         name="engine",
@@ -329,6 +351,7 @@ class KLDConfig:
     Attributes:
         ref: the reference, or None.
         candidate: the candidates, in the order given.
+        dataset: the datasets, in the order given; relative paths start from `base`.
         windows: number of windows; None means all that the text gives.
         bounds: limits by name, command line over ini over default.
         given_limits: options of limits that stand on the command line.
@@ -341,10 +364,13 @@ class KLDConfig:
     ref: ModelSpec | None
     candidate: tuple[ModelSpec, ...]
     tokenizer: ModelSpec | None
-    dataset: str
+    dataset: tuple[str, ...]
+    each_dataset: bool
     windows: int | None
     window_size: int
     stride: int
+    skip_first: int
+    metrics: Metrics
     engine: str
     dtype: str
     device: str
@@ -416,15 +442,23 @@ def build_config(config: pytest.Config) -> KLDConfig:
             given.add(option.name)
         if raw is None or raw == []:
             raw, source = option.default, option.option
+            if raw is not None and option.repeatable:
+                raw = [raw]
         values[option.name] = _parse(option, raw, source, base)
 
     _check_servers(values)
+    if values["skip_first"] > values["window_size"] - 2:
+        raise pytest.UsageError(
+            f"--kld-skip-first: {values['skip_first']} positions leave none that predicts a token in windows of "
+            f"{values['window_size']} tokens; give at most {values['window_size'] - 2}"
+        )
     by_limit: dict[str, float | None] = {name: value for name in LIMITS if (value := values.pop(name)) is not None}
     from_options = [option.option for option in OPTIONS if option.name in LIMITS and option.name in given]
     for name in _TUPLES:
         values[name] = values[name] or ()
     values["trust_remote_code"] = bool(values["trust_remote_code"])
     values["refresh"] = bool(values["refresh"])
+    values["each_dataset"] = bool(values["each_dataset"])
     values["cache_dir"] = values["cache_dir"] or _default_cache_dir()
     return KLDConfig(
         **values,
@@ -443,8 +477,8 @@ def _parse(option: Option, raw: Any, source: str, base: Path) -> Any:
         if not option.repeatable:
             return option.parse(str(raw), base)
         specs = tuple(option.parse(str(value), base) for value in raw)
-        if repeated := [value for value in raw if list(raw).count(value) > 1]:
-            raise ValueError(f"{repeated[0]!r} is given twice")
+        if repeated := [value for value, spec in zip(raw, specs, strict=True) if specs.count(spec) > 1]:
+            raise ValueError(f"{repeated[-1]!r} is given twice")
     except ValueError as error:
         raise pytest.UsageError(f"{source}: {error}") from None
     return specs

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pytest_kld.errors import CorpusError
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+Rows = list[str] | list[list[Any]]
+"""Texts, or conversations."""
+Render = Callable[[list[Any]], str]
+"""Turns a conversation, a list of messages with `role` and `content`, into text. See `windows.chat_renderer`."""
 
 BUILT_IN = ("wikitext-2", "python-docs")
 CORPUS_FILES = (".txt", ".jsonl", ".parquet")
@@ -22,7 +25,11 @@ _WAYS_OUT = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corpus:
-    """A text and its name. Documents are joined with two newlines, as is usual for WikiText."""
+    """A text and its name.
+
+    Documents are joined with two newlines, as is usual for WikiText; conversations with nothing, as a chat template
+    ends its last message itself.
+    """
 
     name: str
     text: str
@@ -33,19 +40,22 @@ class Corpus:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-def load_corpus(dataset: str, base: Path) -> Corpus:
+def load_corpus(dataset: str, base: Path, render: Render | None = None) -> Corpus:
     """Load the text that `--kld-dataset` names.
 
     Args:
         dataset: `wikitext-2` (raw, test split), `python-docs` (the language reference that comes with the
             interpreter), a file ending in .txt, .jsonl or .parquet (with a `text` field), or
-            `hf:NAME[:CONFIG][:SPLIT]` (split `test` by default, a `text` field).
+            `hf:NAME[:CONFIG][:SPLIT]` (split `test` by default, a `text` field). The rows of a .jsonl file may have
+            `messages` in place of `text`, all of them or none.
         base: the directory that a relative path starts from.
+        render: turns `messages` into text.
 
     Raises:
-        CorpusError: unknown, unreadable, without a text field, or empty.
+        CorpusError: unknown, unreadable, without a text field, or empty; or a conversation cannot be rendered.
 
     """
+    separator = "\n\n"
     if dataset == "wikitext-2":
         documents = _hub_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
     elif dataset == "python-docs":
@@ -54,8 +64,10 @@ def load_corpus(dataset: str, base: Path) -> Corpus:
         name, config, split = _hub_parts(dataset)
         documents = _hub_dataset(name, config or None, split or "test")
     else:
-        documents = _file(base / Path(dataset).expanduser(), dataset)
-    text = "\n\n".join(documents)
+        rows = _file(base / Path(dataset).expanduser(), dataset)
+        documents = [row if isinstance(row, str) else _rendered(row, render, dataset) for row in rows]
+        separator = "\n\n" if any(isinstance(row, str) for row in rows) else ""
+    text = separator.join(documents)
     if not text.strip():
         raise CorpusError(f"the dataset {dataset} is empty: there is no text to measure on. {_WAYS_OUT}")
     return Corpus(name=dataset, text=text)
@@ -90,8 +102,21 @@ def _hub_dataset(name: str, config: str | None, split: str) -> list[str]:
     return _strings(rows["text"], f"the dataset {name}, row")
 
 
-def _file(path: Path, dataset: str) -> list[str]:
-    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+def _rendered(messages: list[Any], render: Render | None, dataset: str) -> str:
+    if render is None:
+        raise CorpusError(f"the dataset {dataset} holds conversations, and there is no tokenizer to render them")
+    try:
+        return render(messages)
+    except Exception as error:  # a template raises what its author thought of, for messages that it does not take
+        raise CorpusError(f"the dataset {dataset}: the chat template does not take a conversation: {error}") from error
+
+
+def _file(path: Path, dataset: str) -> Rows:
+    readers: dict[str, Callable[[Path], Rows]] = {
+        ".txt": _read_txt,
+        ".jsonl": _read_jsonl,
+        ".parquet": _read_parquet,
+    }
     if path.suffix not in readers:
         raise CorpusError(f"unknown dataset {dataset!r}. {_WAYS_OUT}")
     try:
@@ -104,18 +129,36 @@ def _read_txt(path: Path) -> list[str]:
     return [path.read_text(encoding="utf-8")]
 
 
-def _read_jsonl(path: Path) -> list[str]:
-    documents = []
+def _read_jsonl(path: Path) -> Rows:
+    documents: list[str] = []
+    conversations: list[list[Any]] = []
     # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for ends of lines.
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
-            document: Any = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorpusError(f"{path}, line {number}: expected an object with a field `text`: {error!r}") from error
-        documents += _strings([document], f"{path}, line", number)
-    return documents
+            row: Any = json.loads(line)
+        except ValueError as error:
+            raise CorpusError(f"{path}, line {number}: this is no JSON: {error}") from error
+        match row:
+            case {"text": _, "messages": _}:
+                raise CorpusError(f"{path}, line {number}: `text` or `messages` is meant, and both are there")
+            case {"text": str(text)}:
+                documents.append(text)
+            case {"messages": [*messages]} if messages and all(map(_is_message, messages)):
+                conversations.append(messages)
+            case _:
+                raise CorpusError(
+                    f"{path}, line {number}: expected an object with a field `text` that is a string, or with a field "
+                    "`messages` that is a list of objects with `role` and `content`"
+                )
+        if documents and conversations:
+            raise CorpusError(f"{path}, line {number}: some rows have `text` and some `messages`; take them apart")
+    return conversations or documents
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
 
 
 def _read_parquet(path: Path) -> list[str]:
@@ -129,9 +172,9 @@ def _read_parquet(path: Path) -> list[str]:
     return _strings(column.to_pylist(), f"{path}, row")
 
 
-def _strings(texts: Iterable[Any], where: str, first: int = 1) -> list[str]:
+def _strings(texts: Iterable[Any], where: str) -> list[str]:
     documents = list(texts)
-    for number, text in enumerate(documents, first):
+    for number, text in enumerate(documents, 1):
         if not isinstance(text, str):
             raise CorpusError(f"{where} {number}: the field `text` is {type(text).__name__}, not a string")
     return documents

@@ -51,6 +51,7 @@ class Divergence:
         reference_nll: −log p(label) under the reference in nats, float64; NaN without a label.
         candidate_nll: the same under the candidate.
         reference_entropy: Shannon entropy of the reference's distribution in nats, float64.
+        reference_confidence: the reference's probability of its most probable token, float64.
         reference_argmax: the reference's most probable token (the first, among equals), int32.
         candidate_argmax: the candidate's.
         flags: bits REFERENCE_NON_FINITE, CANDIDATE_NON_FINITE and NO_LABEL, uint8.
@@ -61,6 +62,7 @@ class Divergence:
     reference_nll: Tensor
     candidate_nll: Tensor
     reference_entropy: Tensor
+    reference_confidence: Tensor
     reference_argmax: Tensor
     candidate_argmax: Tensor
     flags: Tensor
@@ -109,6 +111,7 @@ def divergence(
         reference_nll=nll_r.masked_fill(bad_r, math.nan).cpu(),
         candidate_nll=nll_c.masked_fill(bad_c, math.nan).cpu(),
         reference_entropy=entropy.masked_fill(bad_r, math.nan).cpu(),
+        reference_confidence=(1 / weight_r).masked_fill(bad_r, math.nan).cpu(),
         reference_argmax=argmax_r.to(torch.int32).cpu(),
         candidate_argmax=argmax_c.to(torch.int32).cpu(),
         flags=flags.to(torch.uint8).cpu(),

@@ -11,8 +11,8 @@ import pytest
 
 from pytest_kld.config import CONFIG, KLDConfig
 from pytest_kld.engines.selection import EngineArguments, Role
-from pytest_kld.errors import KLDError, ModelError
-from pytest_kld.gate import Figure, merge_bounds, parse_marker
+from pytest_kld.errors import KLDError, ModelError, ScoresError
+from pytest_kld.gate import LIMITS, Figure, Verdict, judge, merge_bounds, needs_extended, parse_marker, why_missing
 from pytest_kld.models import ModelSpec
 from pytest_kld.report.terminal import TerminalProgress
 
@@ -47,20 +47,39 @@ class KLD:
         reference: how the user named the reference.
         candidate: how the user named the candidate.
         bounds: the limits that are checked after the test's body, by name.
-        scores: the table per position.
-        summary: every figure.
+        each_dataset: whether they hold for each of several datasets too.
+        scores: the table per position, without the positions that `--kld-skip-first` leaves out.
+        datasets: every figure of each dataset, by its name.
+        summary: every figure; of several datasets, their macro average.
 
     """
 
-    def __init__(self, *, reference: str, candidate: str, bounds: Mapping[str, float], scores: Scores) -> None:
-        """Draw the figures from the scores."""
+    def __init__(
+        self,
+        *,
+        reference: str,
+        candidate: str,
+        bounds: Mapping[str, float],
+        scores: Scores,
+        each_dataset: bool = False,
+    ) -> None:
+        """Draw the figures from the scores.
+
+        Raises:
+            ScoresError: there is nothing to draw them from, or a figure that has a limit is missing.
+
+        """
         from pytest_kld.scores import Summary
 
         self.reference = reference
         self.candidate = candidate
         self.bounds = dict(bounds)
+        self.each_dataset = each_dataset
         self.scores = scores
-        self.summary = Summary.of(scores)
+        self.datasets = {name: Summary.of(table) for name, table in scores.by_dataset().items()}
+        summaries = list(self.datasets.values())
+        self.summary = Summary.macro_average(summaries) if len(summaries) > 1 else summaries[0]
+        self.verdict()  # a limit that cannot be checked is an error before the test's body, not a failure after it
 
     def __repr__(self) -> str:
         """Name the pair and the headline figures."""
@@ -70,35 +89,43 @@ class KLD:
             f"NaN {summary.candidate_nan_count}, top-1 {summary.top1_agreement:.2%}>"
         )
 
+    def verdict(self) -> Verdict:
+        """Hold the figures against the limits."""
+        checks = judge(self.summary.to_json(), self.bounds).checks
+        if self.each_dataset and len(self.datasets) > 1:
+            for name, summary in self.datasets.items():
+                checks += judge(summary.to_json(), self.bounds, name).checks
+        return Verdict(checks=checks)
+
     @property
     def mean(self) -> Figure:
         """Mean KL(reference ‖ candidate) in nats."""
-        return self._nats("mean KLD", self.summary.mean)
+        return self._figure("mean")
 
     @property
     def median(self) -> Figure:
         """Median KL in nats."""
-        return self._nats("median KLD", self.summary.median)
+        return self._figure("median")
 
     @property
     def p95(self) -> Figure:
         """95 % quantile of KL in nats."""
-        return self._nats("P95 KLD", self.summary.p95)
+        return self._figure("p95")
 
     @property
     def p99(self) -> Figure:
         """99 % quantile of KL in nats."""
-        return self._nats("P99 KLD", self.summary.p99)
+        return self._figure("p99")
 
     @property
     def p999(self) -> Figure:
         """99.9 % quantile of KL in nats."""
-        return self._nats("P99.9 KLD", self.summary.p999)
+        return self._figure("p999")
 
     @property
     def max(self) -> Figure:
         """Largest KL in nats."""
-        return self._nats("max KLD", self.summary.max)
+        return self._figure("max")
 
     @property
     def nan_count(self) -> int:
@@ -113,22 +140,63 @@ class KLD:
     @property
     def top1_agreement(self) -> Figure:
         """Share of positions with the same most probable token, in [0, 1]."""
-        return self._figure("top-1 agreement", self.summary.top1_agreement, "")
+        return self._figure("top1_agreement")
 
     @property
     def ppl_ratio(self) -> Figure:
         """Candidate's perplexity over the reference's."""
-        return self._figure("perplexity ratio", self.summary.ppl_ratio, "")
+        return self._figure("ppl_ratio")
+
+    @property
+    def log_ppl_ratio(self) -> Figure:
+        """Its natural logarithm, in nats."""
+        return self._figure("log_ppl_ratio")
+
+    @property
+    def rms_delta_p(self) -> Figure:
+        """Root mean square of the change in the label's probability, in [0, 1]."""
+        return self._figure("rms_delta_p")
+
+    @property
+    def flips(self) -> Figure:
+        """Share of the positions where the reference is confident at which the top token changed."""
+        return self._figure("flips")
+
+    @property
+    def reverse_kl(self) -> Figure:
+        """Mean KL(candidate ‖ reference) in nats."""
+        return self._figure("reverse_kl")
+
+    @property
+    def js(self) -> Figure:
+        """Mean Jensen-Shannon divergence in nats."""
+        return self._figure("js")
+
+    @property
+    def tv(self) -> Figure:
+        """Mean total variation distance, in [0, 1]."""
+        return self._figure("tv")
+
+    @property
+    def top5_overlap(self) -> Figure:
+        """Mean share of the reference's top five tokens that are among the candidate's."""
+        return self._figure("top5_overlap")
+
+    @property
+    def abs_entropy_difference(self) -> Figure:
+        """Mean absolute difference of the entropies in nats."""
+        return self._figure("abs_entropy_difference")
 
     @property
     def _pair(self) -> str:
         return f"{self.candidate} against {self.reference}"
 
-    def _nats(self, label: str, value: float) -> Figure:
-        return self._figure(label, value, "nats")
-
-    def _figure(self, label: str, value: float, unit: str) -> Figure:
-        return Figure(value, label=label, unit=unit, pair=self._pair)
+    def _figure(self, name: str) -> Figure:
+        limit = next(limit for limit in LIMITS.values() if limit.figure == name)
+        value = getattr(self.summary, name)
+        if value is None:
+            raise ScoresError(f"there is no kld.{name}: {why_missing(name)}")
+        return Figure(value, label=limit.label, unit=limit.unit, pair=self._pair)
 
 
 @pytest.fixture(scope="session")
@@ -290,8 +358,23 @@ def kld(
             reference=reference_label(kld_config),
             candidate=candidate_label(request.node),
             bounds=bounds_of(request.node, kld_config),
-            scores=_kld_measurement.scores(kld_reference, kld_candidate, kld_windows),
+            scores=_scores(request, _kld_measurement, kld_windows, kld_reference, kld_candidate),
+            each_dataset=kld_config.each_dataset,
         )
+
+
+def _scores(
+    request: pytest.FixtureRequest,
+    measurement: Measurement,
+    windows: Windows,
+    reference: Capture,
+    candidate: Capture,
+) -> Scores:
+    config = measurement.config
+    gated = [item for item in request.session.items if "kld" in getattr(item, "fixturenames", ())]
+    extended = config.metrics == "all" or any(needs_extended(bounds_of(item, config)) for item in gated)
+    scores = measurement.scores(reference, candidate, windows, extended=extended)
+    return scores.without_first(config.skip_first)
 
 
 def _require_used(request: pytest.FixtureRequest, used: EngineArguments) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pytest_kld.errors import ScoresError
+
 BANDS = ((0.01, "near-lossless"), (0.05, "good"), (0.1, "noticeable"), (math.inf, "significant"))
 """Mean KL in nats below which quantization quality is called that, by the usual interpretation scale."""
 
@@ -23,6 +25,7 @@ class Limit:
         greatest: the largest value that makes sense as a bound.
         integer: whether the figure is a count.
         default: the bound where nobody sets one; None means no limit.
+        extended: whether the figure takes the second pass of `--kld-metrics=all`.
 
     """
 
@@ -33,6 +36,7 @@ class Limit:
     greatest: float = math.inf
     integer: bool = False
     default: float | None = None
+    extended: bool = False
 
     @property
     def upper(self) -> bool:
@@ -79,6 +83,27 @@ LIMITS: Mapping[str, Limit] = {
         ),
         Limit(name="min_top1", figure="top1_agreement", label="top-1 agreement", greatest=1),
         Limit(name="max_ppl_ratio", figure="ppl_ratio", label="perplexity ratio"),
+        Limit(name="max_log_ppl_ratio", figure="log_ppl_ratio", label="ln PPL ratio", unit="nats"),
+        Limit(name="max_rms_delta_p", figure="rms_delta_p", label="RMS delta p", greatest=1),
+        Limit(name="max_flips", figure="flips", label="share of flips", greatest=1),
+        Limit(name="max_reverse_kl", figure="reverse_kl", label="mean reverse KLD", unit="nats", extended=True),
+        Limit(
+            name="max_js",
+            figure="js",
+            label="mean Jensen-Shannon divergence",
+            unit="nats",
+            greatest=math.log(2),
+            extended=True,
+        ),
+        Limit(name="max_tv", figure="tv", label="mean total variation", greatest=1, extended=True),
+        Limit(name="min_top5", figure="top5_overlap", label="top-5 overlap", greatest=1, extended=True),
+        Limit(
+            name="max_entropy_difference",
+            figure="abs_entropy_difference",
+            label="mean absolute entropy difference",
+            unit="nats",
+            extended=True,
+        ),
     )
 }
 """Every limit there is, by name."""
@@ -119,11 +144,12 @@ def merge_bounds(*layers: Mapping[str, float | None]) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One limit held against one figure."""
+    """One limit held against one figure, of one dataset or (None) of all."""
 
     limit: Limit
     value: float
     bound: float
+    dataset: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -139,7 +165,8 @@ class Check:
         times = f", {self.value / self.bound:.2f}x the limit" if self.bound and not self.passed else ""
         word = "within by" if self.passed else "over by" if self.limit.upper else "short by"
         value, bound, margin_text = (self._format(x) for x in (self.value, self.bound, margin))
-        return f"{self.limit.label} {value}{unit} {relation} {self.limit.name} {bound} ({word} {margin_text}{times})"
+        label = f"{self.limit.label} on {self.dataset}" if self.dataset else self.limit.label
+        return f"{label} {value}{unit} {relation} {self.limit.name} {bound} ({word} {margin_text}{times})"
 
     def _format(self, number: float) -> str:
         return f"{number:,.0f}" if self.limit.integer else f"{number:.6g}"
@@ -174,13 +201,38 @@ class Verdict:
         return "\n".join(lines)
 
 
-def judge(figures: Mapping[str, Any], bounds: Mapping[str, float]) -> Verdict:
-    """Hold figures (by the names of `Summary`) against bounds (by the names of `LIMITS`)."""
-    return Verdict(
-        checks=tuple(
-            Check(limit=LIMITS[name], value=figures[LIMITS[name].figure], bound=bound) for name, bound in bounds.items()
-        )
-    )
+def judge(figures: Mapping[str, Any], bounds: Mapping[str, float], dataset: str | None = None) -> Verdict:
+    """Hold figures (by the names of `Summary`) against bounds (by the names of `LIMITS`).
+
+    Args:
+        figures: every figure.
+        bounds: the limits.
+        dataset: the dataset that they are of; None: of all.
+
+    Raises:
+        ScoresError: a figure that has a limit is missing.
+
+    """
+    checks = []
+    for name, bound in bounds.items():
+        limit = LIMITS[name]
+        value = figures[limit.figure]
+        if value is None:
+            raise ScoresError(f"{name} cannot be checked: {why_missing(limit.figure)}")
+        checks.append(Check(limit=limit, value=value, bound=bound, dataset=dataset))
+    return Verdict(checks=tuple(checks))
+
+
+def needs_extended(bounds: Mapping[str, float]) -> bool:
+    """Tell whether a limit is on a figure that takes the second pass."""
+    return any(LIMITS[name].extended for name in bounds)
+
+
+def why_missing(figure: str) -> str:
+    """Say why a figure is None."""
+    if figure == "flips":
+        return "the reference is confident at no position, so there are no flips to count"
+    return f"the figure {figure} was not computed; give --kld-metrics=all"
 
 
 def band(mean: float) -> str:

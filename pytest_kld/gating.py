@@ -9,7 +9,7 @@ import pytest
 from pytest_kld.config import CONFIG
 from pytest_kld.errors import CacheError
 from pytest_kld.fixtures import KLD, candidate_label, reference_label
-from pytest_kld.gate import Verdict, judge
+from pytest_kld.gate import Verdict
 from pytest_kld.report import terminal
 from pytest_kld.result import GateResult, Outcome, checks_of
 
@@ -30,7 +30,7 @@ _CRASH = "???"
 def check_limits(item: pytest.Item) -> None:
     """Fail the test if a figure is over its limit. Does nothing for tests that are not gated."""
     kld = _kld_of(item)
-    if kld is not None and not (verdict := _verdict(kld)).passed:
+    if kld is not None and not (verdict := kld.verdict()).passed:
         item.stash[_BODY_PASSED] = True
         pytest.fail(explain(kld, verdict), pytrace=False)
 
@@ -57,13 +57,13 @@ def attach_result(item: pytest.Item, report: pytest.TestReport) -> None:
     item.user_properties.extend(result.properties())
     report.user_properties = list(item.user_properties)
     report.kld = result.to_json()  # type: ignore[attr-defined]
-    if kld is not None and result.body_passed is False and not (verdict := _verdict(kld)).passed:
+    if kld is not None and result.body_passed is False and not (verdict := kld.verdict()).passed:
         report.sections.append(("kld", explain(kld, verdict)))
 
 
 def _result(item: pytest.Item, report: pytest.TestReport, kld: KLD | None) -> GateResult:
     config = item.config.stash[CONFIG]
-    verdict = _verdict(kld) if kld else None
+    verdict = kld.verdict() if kld else None
     called, xfail = report.when == "call", hasattr(report, "wasxfail")
     body_passed = (report.passed or item.stash.get(_BODY_PASSED, False)) if called else None
     outcome: Outcome = "passed"
@@ -80,6 +80,7 @@ def _result(item: pytest.Item, report: pytest.TestReport, kld: KLD | None) -> Ga
         message="" if outcome == "passed" else report.longreprtext,
         body_passed=body_passed,
         figures=kld.summary.to_json() if kld else None,
+        datasets={name: summary.to_json() for name, summary in kld.datasets.items()} if kld else {},
         checks=checks_of(verdict) if verdict else (),
         about=kld.scores.about if kld else None,
         seconds=item.stash.get(_SETUP_SECONDS, 0.0) + (report.duration if called else 0.0),
@@ -170,7 +171,3 @@ class Results:
 def _kld_of(item: pytest.Item) -> KLD | None:
     kld = getattr(item, "funcargs", {}).get("kld")
     return kld if isinstance(kld, KLD) else None
-
-
-def _verdict(kld: KLD) -> Verdict:
-    return judge(kld.summary.to_json(), kld.bounds)

@@ -16,7 +16,7 @@ from pytest_kld.errors import ModelError, ServerError
 from pytest_kld.models import ModelSpec, is_capture
 from pytest_kld.recording import Recording, require_fits
 from pytest_kld.scores import Scores
-from pytest_kld.windows import Windows, check_same_tokens, cut_windows, load_tokenizer
+from pytest_kld.windows import Windows, chat_renderer, check_same_tokens, cut_windows, join_windows, load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -68,20 +68,26 @@ class Measurement:
         return load_tokenizer(self.tokenizer_model, trust_remote_code=self.config.trust_remote_code)
 
     def windows(self) -> Windows:
-        """Load the text and cut it, once every model that is named is known to be there."""
+        """Load each dataset and cut it, once every model that is named is known to be there."""
         config = self.config
         for model in (config.ref, *config.candidate):
             if model is not None and not is_capture(model.path):
                 model.pin()
         tokenizer = self.tokenizer
-        corpus = load_corpus(config.dataset, config.base)
-        return cut_windows(
-            corpus,
-            tokenizer,
-            count=config.windows,
-            size=config.window_size,
-            stride=config.stride,
-            label=self.tokenizer_model.label,
+        label = self.tokenizer_model.label
+        render = chat_renderer(tokenizer, label)
+        return join_windows(
+            [
+                cut_windows(
+                    load_corpus(dataset, config.base, render),
+                    tokenizer,
+                    count=config.windows,
+                    size=config.window_size,
+                    stride=config.stride,
+                    label=label,
+                )
+                for dataset in config.dataset
+            ]
         )
 
     def find(self, model: str) -> ModelSpec:
@@ -125,14 +131,20 @@ class Measurement:
         """
         return self._obtain(model, arguments, windows, reference)
 
-    def scores(self, reference: Capture, candidate: Capture, windows: Windows) -> Scores:
-        """Return the scores of a pair: those saved, without touching a capture's contents, or computed now."""
+    def scores(self, reference: Capture, candidate: Capture, windows: Windows, *, extended: bool = False) -> Scores:
+        """Return the scores of a pair: those saved, without touching a capture's contents, or computed now.
+
+        Saved scores without the extended columns give way to scores that have them, if these are needed.
+        """
         config = self.config
         key = scores_key(reference, candidate, windows, config.head)
         path = self.cache.scores_entry(key)
         with self.cache.lock(path, lambda: self._say_waiting(f"scores of {candidate.name}")):
             if self._is_there(path):
-                return Scores.load(path)
+                saved = Scores.load(path)
+                if saved.extended or not extended:
+                    # The token ids are the same, but their datasets may be called otherwise by now.
+                    return Scores(columns=saved.columns, about={**saved.about, "protocol": windows.protocol()})
             reference.verify()
             candidate.verify()
             self.engine.close()  # a comparison wants the memory that a server holds
@@ -143,6 +155,7 @@ class Measurement:
                 head=config.head,
                 device=pick_device(config.device),
                 progress=self.progress,
+                extended=extended,
             )
             scores.save(path)
         return scores

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_kld.gate import band
@@ -27,8 +27,9 @@ class GateResult:
         message: why, if not passed.
         xfail: whether the test is marked as expected to fail.
         body_passed: whether the test's own body passed; None if it did not run.
-        figures: the `Summary` by name; None if not measured.
-        checks: each limit with `limit`, `figure`, `value`, `bound`, `passed`.
+        figures: the `Summary` by name, of several datasets their macro average; None if not measured.
+        datasets: the same of each dataset, by its name.
+        checks: each limit with `limit`, `figure`, `dataset` (None: the macro average), `value`, `bound`, `passed`.
         about: what was compared and how, from the scores; None if not measured.
         seconds: how long the test took, its share of shared set-up included.
 
@@ -42,6 +43,7 @@ class GateResult:
     xfail: bool = False
     body_passed: bool | None = None
     figures: dict[str, Any] | None = None
+    datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
     checks: tuple[dict[str, Any], ...] = ()
     about: dict[str, Any] | None = None
     seconds: float = 0.0
@@ -91,6 +93,7 @@ def checks_of(verdict: Verdict) -> tuple[dict[str, Any], ...]:
         {
             "limit": check.limit.name,
             "figure": check.limit.figure,
+            "dataset": check.dataset,
             "value": check.value,
             "bound": check.bound,
             "passed": check.passed,

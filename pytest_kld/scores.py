@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,9 +20,10 @@ from pytest_kld.errors import ScoresError
 from pytest_kld.files import write_atomically
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the scores file; it is part of the cache key."""
 
 COLUMNS = {
@@ -30,6 +31,7 @@ COLUMNS = {
     "reference_nll": np.float64,
     "candidate_nll": np.float64,
     "reference_entropy": np.float64,
+    "reference_confidence": np.float64,
     "reference_argmax": np.int32,
     "candidate_argmax": np.int32,
     "token_ids": np.int32,
@@ -37,6 +39,13 @@ COLUMNS = {
 }
 """The columns and their dtypes; each has shape [windows, positions]. See `divergence.Divergence`."""
 
+EXTENDED_COLUMNS = ("reverse_kl", "js", "tv", "top5_overlap", "entropy_difference")
+"""Further columns, float64, which a table has if they were asked for: all of them or none. See `extended.Extended`."""
+
+CONFIDENT = 0.5
+"""A position counts for flips where the reference gives its most probable token more than this: a majority."""
+
+_COUNTS = ("positions", "skipped", "reference_nan_count", "candidate_nan_count", "infinite_count")
 _REFERENCE_NON_FINITE, _CANDIDATE_NON_FINITE, _NO_LABEL = 1, 2, 4  # as in divergence.py, which needs torch
 
 
@@ -45,13 +54,39 @@ class Scores:
     """Figures for every position of every window of one pair.
 
     Attributes:
-        columns: the arrays named in `COLUMNS`, each [windows, positions].
+        columns: the arrays named in `COLUMNS`, and those in `EXTENDED_COLUMNS` if they were computed; each
+            [windows, positions].
         about: what was compared and how: both captures, protocol, head, versions. Plain JSON.
 
     """
 
     columns: dict[str, NDArray[Any]]
     about: dict[str, Any]
+
+    @property
+    def extended(self) -> bool:
+        """Whether the table has the extended columns."""
+        return EXTENDED_COLUMNS[0] in self.columns
+
+    @property
+    def skipped(self) -> int:
+        """Return how many positions at the start of each window the table leaves out."""
+        return int(self.about.get("skip_first", 0))
+
+    def without_first(self, positions: int) -> Scores:
+        """Leave out the first positions of each window, which have fewer tokens than that before them."""
+        columns = {name: column[:, positions:] for name, column in self.columns.items()}
+        return Scores(columns=columns, about={**self.about, "skip_first": self.skipped + positions})
+
+    def by_dataset(self) -> dict[str, Scores]:
+        """Take a table of several datasets apart; one of a single dataset stays whole."""
+        tables, start = {}, 0
+        for dataset in self.about["protocol"]["datasets"]:
+            rows = slice(start, start := start + dataset["windows"])
+            columns = {name: column[rows] for name, column in self.columns.items()}
+            protocol = {**self.about["protocol"], **dataset, "datasets": [dataset]}
+            tables[dataset["dataset"]] = Scores(columns=columns, about={**self.about, "protocol": protocol})
+        return tables
 
     def save(self, path: Path) -> None:
         """Write the table as one safetensors file, whole or not at all."""
@@ -60,7 +95,7 @@ class Scores:
             "about": json.dumps(self.about, sort_keys=True),
             "sha256": _digest(self.columns, self.about),
         }
-        contents = save({name: np.ascontiguousarray(self.columns[name]) for name in COLUMNS}, metadata)
+        contents = save({name: np.ascontiguousarray(column) for name, column in self.columns.items()}, metadata)
         write_atomically(path, contents)
 
     @classmethod
@@ -74,7 +109,8 @@ class Scores:
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
-                columns = {name: file.get_tensor(name) for name in COLUMNS}
+                extended = EXTENDED_COLUMNS if EXTENDED_COLUMNS[0] in file.keys() else ()  # noqa: SIM118 (no mapping)
+                columns = {name: file.get_tensor(name) for name in (*COLUMNS, *extended)}
             about = json.loads(metadata["about"])
             intact = metadata["schema"] == str(SCHEMA) and metadata["sha256"] == _digest(columns, about)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
@@ -88,17 +124,19 @@ class Scores:
 class Summary:
     """The figures of one pair. Divergences and entropies in nats, probabilities and shares in [0, 1].
 
-    Means and quantiles are over the valid positions: those where both sides are finite. Quantiles interpolate
+    Means and quantiles are over the valid positions: those that the table does not leave out and where both sides
+    are finite. A figure that was not computed, or of which there is no case, is None. Quantiles interpolate
     linearly between order statistics (Hyndman & Fan type 7, numpy's default) and are exact at any size.
 
     Attributes:
-        positions: positions in the table.
-        coverage: share of them that are valid.
+        positions: positions in all windows, those that the table leaves out included.
+        skipped: how many of them the table leaves out (`--kld-skip-first`).
+        coverage: share of `positions` that are valid.
         mean: mean KL(reference ‖ candidate).
         median: its 50 % quantile; p90, p95, p99 and p999 likewise.
         max: its largest value.
-        reference_nan_count: positions where the reference is not finite.
-        candidate_nan_count: positions where the candidate is not finite.
+        reference_nan_count: positions of the table where the reference is not finite.
+        candidate_nan_count: positions of the table where the candidate is not finite.
         infinite_count: valid positions with KL = +inf.
         top1_agreement: share of valid positions where both name the same most probable token.
         reference_ppl: perplexity, exp(mean NLL), of the reference over valid positions with a label.
@@ -106,10 +144,20 @@ class Summary:
         ppl_ratio: candidate_ppl / reference_ppl.
         log_ppl_ratio: its natural logarithm.
         rms_delta_p: root mean square of p_candidate(label) − p_reference(label), as llama.cpp reports it.
+        flips: share of the positions where the reference is confident (it gives its most probable token more than
+            `CONFIDENT`) at which the candidate's most probable token is another. After Dutta et al.,
+            arXiv 2407.09141, whose flips are answers that change. None where it is confident nowhere.
+        reverse_kl: mean KL(candidate ‖ reference). This and the following are None unless asked for.
+        js: mean Jensen–Shannon divergence.
+        tv: mean total variation distance.
+        top5_overlap: mean share of the reference's five most probable tokens that are among the candidate's.
+        entropy_difference: mean of entropy(candidate) − entropy(reference): above 0 the candidate is less certain.
+        abs_entropy_difference: mean of its absolute value.
 
     """
 
     positions: int
+    skipped: int
     coverage: float
     mean: float
     median: float
@@ -127,13 +175,20 @@ class Summary:
     ppl_ratio: float
     log_ppl_ratio: float
     rms_delta_p: float
+    flips: float | None = None
+    reverse_kl: float | None = None
+    js: float | None = None
+    tv: float | None = None
+    top5_overlap: float | None = None
+    entropy_difference: float | None = None
+    abs_entropy_difference: float | None = None
 
     @classmethod
     def of(cls, scores: Scores) -> Summary:
         """Draw the figures from a table.
 
         Raises:
-            ScoresError: there is not one position where both sides are finite.
+            ScoresError: there is not one position with a label where both sides are finite.
 
         """
         columns = scores.columns
@@ -144,17 +199,22 @@ class Summary:
         labelled = valid & ((flags & _NO_LABEL) == 0)
         if not labelled.any():
             raise ScoresError(
-                f"no position that has a next token is finite on both sides: of {flags.size:,}, the reference is NaN "
-                f"or infinite in {reference_bad.sum():,} and the candidate in {candidate_bad.sum():,}. Weights that "
-                "did not load or overflow in the engine's dtype look like this; check the engine's log and --kld-dtype."
+                f"no position that has a next token is finite on both sides: of {flags.size:,}{_left_out(scores)}, the "
+                f"reference is NaN or infinite in {reference_bad.sum():,} and the candidate in "
+                f"{candidate_bad.sum():,}. Weights that did not load or overflow in the engine's dtype look like this; "
+                "check the engine's log and --kld-dtype."
             )
         kl = np.sort(columns["kl"][valid])
         nll_r, nll_c = columns["reference_nll"][labelled], columns["candidate_nll"][labelled]
         # Python floats: where both give a label probability 0 their difference is NaN, and numpy would warn.
         log_ppl_ratio = float(nll_c.mean()) - float(nll_r.mean())
+        skipped = len(flags) * scores.skipped
+        changed = columns["reference_argmax"] != columns["candidate_argmax"]
+        confident = valid & (columns["reference_confidence"] > CONFIDENT)
         return cls(
-            positions=flags.size,
-            coverage=float(valid.mean()),
+            positions=flags.size + skipped,
+            skipped=skipped,
+            coverage=float(valid.sum() / (flags.size + skipped)),
             mean=float(kl.mean()),
             median=_quantile(kl, 0.5),
             p90=_quantile(kl, 0.9),
@@ -165,17 +225,46 @@ class Summary:
             reference_nan_count=int(reference_bad.sum()),
             candidate_nan_count=int(candidate_bad.sum()),
             infinite_count=int(np.isinf(kl).sum()),
-            top1_agreement=float((columns["reference_argmax"] == columns["candidate_argmax"])[valid].mean()),
+            top1_agreement=float(1 - changed[valid].mean()),
             reference_ppl=_exp(float(nll_r.mean())),
             candidate_ppl=_exp(float(nll_c.mean())),
             ppl_ratio=_exp(log_ppl_ratio),
             log_ppl_ratio=log_ppl_ratio,
             rms_delta_p=float(np.sqrt(np.mean((np.exp(-nll_c) - np.exp(-nll_r)) ** 2))),
+            flips=float(changed[confident].mean()) if confident.any() else None,
+            **(_extended_figures(columns, valid) if scores.extended else {}),
         )
 
-    def to_json(self) -> dict[str, float]:
+    @classmethod
+    def macro_average(cls, summaries: Sequence[Summary]) -> Summary:
+        """Average over datasets, each with the same weight whatever its size.
+
+        Counts are summed and `max` is the largest; every other figure is the mean of the datasets' figures, and None
+        where one of them has none.
+        """
+        figures: dict[str, Any] = {}
+        for field in fields(cls):
+            values = [getattr(summary, field.name) for summary in summaries]
+            if field.name in _COUNTS:
+                figures[field.name] = sum(values)
+            elif field.name == "max":
+                figures[field.name] = max(values)
+            else:
+                figures[field.name] = None if None in values else float(np.mean(values))
+        return cls(**figures)
+
+    def to_json(self) -> dict[str, Any]:
         """Return the figures by name."""
         return asdict(self)
+
+
+def _extended_figures(columns: dict[str, NDArray[Any]], valid: NDArray[np.bool_]) -> dict[str, float]:
+    means = {name: float(columns[name][valid].mean()) for name in EXTENDED_COLUMNS}
+    return {**means, "abs_entropy_difference": float(np.abs(columns["entropy_difference"][valid]).mean())}
+
+
+def _left_out(scores: Scores) -> str:
+    return f" after the first {scores.skipped:,} of each window" if scores.skipped else ""
 
 
 def _quantile(ordered: NDArray[np.float64], q: float) -> float:
@@ -196,9 +285,9 @@ def _exp(x: float) -> float:
 
 def _digest(columns: dict[str, NDArray[Any]], about: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for name, dtype in COLUMNS.items():
-        digest.update(f"{name}{columns[name].shape}".encode())
-        digest.update(np.ascontiguousarray(columns[name], dtype).tobytes())
+    for name, column in sorted(columns.items()):
+        digest.update(f"{name}{column.dtype}{column.shape}".encode())
+        digest.update(np.ascontiguousarray(column).tobytes())
     return digest.hexdigest()
 
 

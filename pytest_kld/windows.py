@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,28 +12,38 @@ from numpy.typing import NDArray
 from pytest_kld.errors import CorpusError, ModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedTokenizerBase
 
-    from pytest_kld.corpus import Corpus
+    from pytest_kld.corpus import Corpus, Render
     from pytest_kld.models import ModelSpec
 
 MIN_WINDOW_SIZE = 2
 """A window needs one token to condition on and one to predict."""
+_TODAY = {"d": "26", "m": "07", "b": "Jul", "B": "July", "Y": "2024", "y": "24", "A": "Friday", "a": "Fri"}
+_FIXED_DATE = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace('%{code}', '{text}')" for code, text in _TODAY.items())
+    + " }}{%- endmacro -%}"
+)
+"""What a chat template gets in place of today's date: the one that Llama 3's templates fall back on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Windows:
-    """Sliding windows over one stretch of tokens.
+    """Sliding windows over the stretch of tokens of one dataset, or of several, one after the other.
 
     Attributes:
         token_ids: [windows, positions], int32. Position i of a window predicts its token i + 1.
-        starts: [windows], where each window begins in the tokenized text.
+        starts: [windows], where each window begins in the tokenized text of its dataset.
         stride: distance between two starts in tokens.
-        dataset: the name of the text.
-        text_sha256: its digest.
+        dataset: the name of the text; of several, the names with commas.
+        text_sha256: its digest; of several, the digest of their digests.
         tokenizer: the label of the model whose tokenizer cut it.
         bos: the id that stands in place of each window's first token, where the tokenizer puts one before a
             text (as llama.cpp's perplexity does); None where it does not.
+        parts: the windows of each dataset, where there are several.
 
     """
 
@@ -44,6 +54,7 @@ class Windows:
     text_sha256: str
     tokenizer: str
     bos: int | None
+    parts: tuple[Windows, ...] = ()
 
     @property
     def count(self) -> int:
@@ -65,6 +76,10 @@ class Windows:
         """Return how the windows were made, as JSON for manifests and reports."""
         return {
             "dataset": self.dataset,
+            "datasets": [
+                {"dataset": part.dataset, "text_sha256": part.text_sha256, "windows": part.count}
+                for part in self.parts or (self,)
+            ],
             "text_sha256": self.text_sha256,
             "tokenizer": self.tokenizer,
             "windows": self.count,
@@ -152,6 +167,38 @@ def cut_windows(
         tokenizer=label,
         bos=bos,
     )
+
+
+def join_windows(parts: Sequence[Windows]) -> Windows:
+    """Put the windows of several datasets, cut in the same way, one after the other.
+
+    They are one stretch of work for an engine and one table of scores: a model is loaded once for all of them.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    return replace(
+        parts[0],
+        token_ids=np.concatenate([part.token_ids for part in parts]),
+        starts=np.concatenate([part.starts for part in parts]),
+        dataset=", ".join(part.dataset for part in parts),
+        text_sha256=hashlib.sha256("".join(part.text_sha256 for part in parts).encode()).hexdigest(),
+        parts=tuple(parts),
+    )
+
+
+def chat_renderer(tokenizer: PreTrainedTokenizerBase, label: str) -> Render:
+    """Return what renders conversations with a tokenizer's chat template, without a prompt for an answer.
+
+    A template that writes today's date is given a fixed one, or the windows would be others tomorrow.
+    """
+
+    def render(messages: list[Any]) -> str:
+        if not tokenizer.chat_template:
+            raise CorpusError(f"the tokenizer of {label} has none; name a model that has one with --kld-tokenizer")
+        template = _FIXED_DATE + tokenizer.get_chat_template()
+        return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
+
+    return render
 
 
 def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -65,9 +65,11 @@ def _cases(result: GateResult) -> list[TestCase]:
 
 
 def _limit_case(result: GateResult, data: dict[str, Any]) -> TestCase:
-    check = Check(limit=LIMITS[data["limit"]], value=data["value"], bound=data["bound"])
+    dataset = data["dataset"]
+    check = Check(limit=LIMITS[data["limit"]], value=data["value"], bound=data["bound"], dataset=dataset)
     kind = None if check.passed else Failure
-    case = _case(result, data["limit"], kind, "limit exceeded", str(check))
+    name = f"{data['limit']}[{dataset}]" if dataset else data["limit"]
+    case = _case(result, _xml(name), kind, "limit exceeded", str(check))
     case.system_out = f"{check}\nvalue {check.value}\nlimit {check.bound}"
     return case
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_kld import __version__
 from pytest_kld.engines.selection import describe_engine
+from pytest_kld.gate import band
 from pytest_kld.result import GateResult, by_candidate, worst
 
 if TYPE_CHECKING:
@@ -108,12 +109,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def table(results: Sequence[GateResult]) -> list[str]:
-    """Return the lines of the closing table, a row per candidate."""
-    measured = next((result for result in results if result.figures and result.about), None)
-    title = f"KLD Evaluation Results (ref: {results[0].reference}"
-    if measured and measured.figures and measured.about:
-        protocol = measured.about["protocol"]
-        title += f", dataset: {protocol['dataset']}, {measured.figures['positions']:,} positions"
+    """Return the lines of the closing table: a row per candidate, and below it one per dataset if there are several."""
     columns = [
         "Model",
         "Mean KLD",
@@ -126,9 +122,42 @@ def table(results: Sequence[GateResult]) -> list[str]:
         "Verdict",
         "Band",
     ]
-    rows = [columns, *(_row(candidate, group) for candidate, group in by_candidate(results).items())]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
-    left = (0, 8, 9)
+    groups = by_candidate(results)
+    rows = [row for candidate, group in groups.items() for row in _rows(candidate, group)]
+    lines = [_title(results), *_aligned([columns, *rows], left=(0, 8, 9))]
+    more = [row for candidate, group in groups.items() for row in _extended_rows(candidate, group)]
+    if more:
+        lines += ["", *_aligned([["Model", *(heading for heading, _, _ in _EXTENDED)], *more], left=(0,))]
+    return lines
+
+
+_EXTENDED = (
+    ("Reverse KLD", "reverse_kl", ".6f"),
+    ("JS", "js", ".6f"),
+    ("TV", "tv", ".6f"),
+    ("Top-5", "top5_overlap", ".2%"),
+    ("Flips", "flips", ".2%"),
+    ("RMS dp", "rms_delta_p", ".2%"),
+    ("ln PPL ratio", "log_ppl_ratio", "+.6f"),
+    ("Entropy", "entropy_difference", "+.6f"),
+)
+"""Heading, figure and format of the columns of the second table."""
+
+
+def _title(results: Sequence[GateResult]) -> str:
+    title = f"KLD Evaluation Results (ref: {results[0].reference}"
+    measured = next((result for result in results if result.figures and result.about), None)
+    if measured and measured.figures and measured.about:
+        average = "macro average of " if len(measured.datasets) > 1 else ""
+        title += f", dataset: {average}{measured.about['protocol']['dataset']}"
+        title += f", {measured.figures['positions']:,} positions"
+        if measured.figures["skipped"]:
+            title += f", {measured.figures['skipped']:,} of them skipped"
+    return f"{title})"
+
+
+def _aligned(rows: list[list[str]], left: tuple[int, ...]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(
             cell.ljust(width) if column in left else cell.rjust(width)
@@ -136,7 +165,7 @@ def table(results: Sequence[GateResult]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-    return [f"{title})", lines[0], "-" * max(map(len, lines)), *lines[1:]]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
 def notes(results: Sequence[GateResult]) -> list[str]:
@@ -150,21 +179,38 @@ def _verdict(result: GateResult) -> str:
     return {"passed": "pass", "failed": "FAIL", "error": "ERROR"}[result.outcome]
 
 
-def _row(candidate: str, group: Sequence[GateResult]) -> list[str]:
+def _rows(candidate: str, group: Sequence[GateResult]) -> list[list[str]]:
     verdict = _verdict(worst(group))
     result = next((result for result in group if result.figures), None)
     if result is None or result.figures is None:
-        return [candidate, *["-"] * 7, verdict, "-"]
-    figures = result.figures
+        return [[candidate, *["-"] * 7, verdict, "-"]]
+    rows = [[candidate, *_cells(result.figures), verdict, result.band or "-"]]
+    if len(result.datasets) > 1:
+        rows += [
+            [f"  {name}", *_cells(figures), "", band(figures["mean"])] for name, figures in result.datasets.items()
+        ]
+    return rows
+
+
+def _cells(figures: dict[str, Any]) -> list[str]:
     nan = f"{figures['candidate_nan_count']:,}"
     if figures["reference_nan_count"]:
         nan += f" (ref {figures['reference_nan_count']:,})"
     return [
-        candidate,
         *(f"{figures[name]:.6f}" for name in ("mean", "median", "p95", "p99")),
         f"{figures['max']:.4f}",
         nan,
         f"{figures['top1_agreement']:.2%}",
-        verdict,
-        result.band or "-",
+    ]
+
+
+def _extended_rows(candidate: str, group: Sequence[GateResult]) -> list[list[str]]:
+    result = next((result for result in group if result.figures and result.figures["js"] is not None), None)
+    if result is None or result.figures is None:
+        return []
+    datasets = result.datasets if len(result.datasets) > 1 else {}
+    rows = {candidate: result.figures, **{f"  {name}": figures for name, figures in datasets.items()}}
+    return [
+        [name, *("-" if figures[figure] is None else format(figures[figure], form) for _, figure, form in _EXTENDED)]
+        for name, figures in rows.items()
     ]
