@@ -140,6 +140,7 @@ def _about(
     return {
         **{side: _side(capture) for side, capture in sides.items()},
         "protocol": windows.protocol(),
+        "skip_first": 0,
         "head": head,
         "vocab_size": vocab_size,
         "kernel": kernel,
