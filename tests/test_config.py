@@ -15,10 +15,13 @@ if TYPE_CHECKING:
     from conftest import Gate
 
 GOOD: dict[str, tuple[str, Any]] = {
-    "dataset": ("python-docs", "python-docs"),
+    "dataset": ("python-docs", ["python-docs"]),
+    "each_dataset": ("true", True),
     "windows": ("7", 7),
     "window_size": ("128", 128),
     "stride": ("64", 64),
+    "skip_first": ("16", 16),
+    "metrics": ("all", "all"),
     "engine": ("transformers", "transformers"),
     "startup_timeout": ("60", 60),
     "api_key_env": ("KEY", "KEY"),
@@ -93,7 +96,8 @@ def test_every_option_is_known_to_this_module() -> None:
 def test_defaults_are_the_standard_protocol(read: Any) -> None:
     values = read()
     assert (values["windows"], values["window_size"], values["stride"]) == (100, 2048, 512)
-    assert (values["dataset"], values["store"], values["head"]) == ("wikitext-2", "auto", "exact")
+    assert (values["dataset"], values["store"], values["head"]) == (["wikitext-2"], "auto", "exact")
+    assert (values["each_dataset"], values["skip_first"], values["metrics"]) == (False, 0, "core")
     assert (values["dtype"], values["device"]) == ("auto", "auto")
     assert (values["trust_remote_code"], values["refresh"]) == (False, False)
     assert values["bounds"] == {"max_nan": 0, "max_ref_nan": 0}
@@ -106,6 +110,7 @@ def test_every_value_is_read(read: Any, gate: Gate, source: str) -> None:
     limits = {name: ("0" if LIMITS[name].integer else "0.25", 0 if LIMITS[name].integer else 0.25) for name in LIMITS}
     texts = {name: text for name, (text, _) in (GOOD | limits).items()}
     flags = {option.name for option in OPTIONS if option.flag}
+    lists = {option.name for option in OPTIONS if option.repeatable}
     if source == "command line":
         values = read(*(o.option if o.flag else f"{o.option}={texts[o.name]}" for o in OPTIONS if o.name in texts))
     elif source == "ini file":
@@ -113,6 +118,7 @@ def test_every_value_is_read(read: Any, gate: Gate, source: str) -> None:
         values = read()
     else:
         quoted = {name: text if name in flags or text[0].isdigit() else f'"{text}"' for name, text in texts.items()}
+        quoted |= {name: f"[{quoted[name]}]" for name in lists & set(quoted)}
         gate.pytester.makepyprojecttoml(
             "[tool.pytest]\n" + "\n".join(f"kld_{name} = {text}" for name, text in quoted.items())
         )
@@ -149,7 +155,7 @@ def test_paths_start_from_the_callers_directory_or_from_the_ini_file(
     assert values["junit"] == str(gate.path / "out" / "a.xml")
     assert values["json"] == str(gate.path / "below" / "b.json")
     assert (values["ref"], values["candidate"], values["tokenizer"]) == ("model", ["model", "org/name@v1"], "../model")
-    assert values["dataset"] == "../texts/a.txt"
+    assert values["dataset"] == ["../texts/a.txt"]
 
 
 @pytest.mark.parametrize(("name", "text", "right"), BAD)

@@ -75,7 +75,9 @@ def test_a_limit_is_taken_from_the_first_layer_that_names_it_and_none_lifts_it()
 
 
 def test_marker_takes_every_limit_as_number_or_text() -> None:
-    assert parse_marker((), dict.fromkeys(LIMITS, 1)) == dict.fromkeys(LIMITS, 1.0)
+    numbers = {name: 1 if limit.greatest >= 1 else 0.5 for name, limit in LIMITS.items()}
+    assert parse_marker((), numbers) == numbers
+    assert parse_marker((), {name: str(number) for name, number in numbers.items()}) == numbers
     assert parse_marker((), {"max_mean": "0.05", "max_p99": None}) == {"max_mean": 0.05, "max_p99": None}
 
 

@@ -30,7 +30,8 @@ def result(**values: object) -> GateResult:
 
 
 def limit(name: str, figure: str, value: float, bound: float) -> dict[str, object]:
-    return {"limit": name, "figure": figure, "value": value, "bound": bound, "passed": value <= bound}
+    passed = value <= bound
+    return {"limit": name, "figure": figure, "dataset": None, "value": value, "bound": bound, "passed": passed}
 
 
 def test_report_has_a_suite_per_candidate_and_a_case_per_limit(
@@ -113,7 +114,8 @@ def test_pytests_own_report_has_the_figures_and_limits_as_properties(gate: Gate,
     properties = {item.get("name"): item.get("value") for item in case.iter("property")}
     (measured,) = gate.results()
     for name, value in measured["figures"].items():
-        assert properties[f"kld_{name}"] == str(value)
+        assert properties.get(f"kld_{name}") == (None if value is None else str(value))
+    assert (measured["figures"]["js"], measured["figures"]["mean"] > 0) == (None, True)
     assert properties["kld_max_p99"] == "1e-09"
     assert (properties["kld_candidate"], properties["kld_band"]) == (str(gate.candidate), measured["band"])
     assert len(list(case.iter("properties"))) == 1

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FIGURES = {
     "positions": 8192,
+    "skipped": 0,
     "mean": 0.0123456,
     "median": 0.01,
     "p95": 0.05,
@@ -28,6 +29,7 @@ FIGURES = {
     "candidate_nan_count": 0,
     "reference_nan_count": 0,
     "top1_agreement": 0.9876,
+    "js": None,
 }
 ABOUT = {"protocol": {"dataset": "python-docs"}, "reference": {"key": None}, "candidate": {"key": None}}
 

@@ -31,6 +31,7 @@ def make_scores(windows: int = 3, positions: int = 50, seed: int = 0) -> Scores:
         "reference_nll": generator.exponential(2, shape),
         "candidate_nll": generator.exponential(2.1, shape),
         "reference_entropy": generator.exponential(2, shape),
+        "reference_confidence": generator.uniform(0, 1, shape),
         "reference_argmax": generator.integers(0, 3, shape, dtype=np.int32),
         "candidate_argmax": generator.integers(0, 3, shape, dtype=np.int32),
         "token_ids": generator.integers(0, 99, shape, dtype=np.int32),
@@ -44,7 +45,8 @@ def make_scores(windows: int = 3, positions: int = 50, seed: int = 0) -> Scores:
 def flag(scores: Scores, positions: list[tuple[int, int]], bit: int) -> None:
     for position in positions:
         scores.columns["flags"][position] |= bit
-        for name in ("kl", "reference_nll" if bit == BAD_REFERENCE else "candidate_nll"):
+        own = ("reference_nll", "reference_confidence") if bit == BAD_REFERENCE else ("candidate_nll",)
+        for name in ("kl", *own):
             scores.columns[name][position] = np.nan
 
 
@@ -52,13 +54,16 @@ def test_every_figure_agrees_with_numpy() -> None:
     scores = make_scores()
     summary, columns = Summary.of(scores), scores.columns
     kl = columns["kl"].ravel()
-    assert summary.positions == 150
+    assert (summary.positions, summary.skipped) == (150, 0)
     assert summary.coverage == 1
     assert summary.mean == pytest.approx(kl.mean(), rel=1e-14)
     quantiles = [summary.median, summary.p90, summary.p95, summary.p99, summary.p999]
     np.testing.assert_allclose(quantiles, np.quantile(kl, [0.5, 0.9, 0.95, 0.99, 0.999]), rtol=1e-14)
     assert summary.max == kl.max()
     assert summary.top1_agreement == (columns["reference_argmax"] == columns["candidate_argmax"]).mean()
+    changes = (columns["reference_argmax"] != columns["candidate_argmax"])[columns["reference_confidence"] > 0.5]
+    assert 0 < changes.sum() < changes.size
+    assert summary.flips == pytest.approx(changes.mean(), rel=1e-14)
     nlls = [columns[f"{side}_nll"][:, :-1] for side in ("reference", "candidate")]
     np.testing.assert_allclose([summary.reference_ppl, summary.candidate_ppl], [np.exp(n.mean()) for n in nlls])
     assert summary.ppl_ratio == pytest.approx(summary.candidate_ppl / summary.reference_ppl)
