@@ -201,7 +201,7 @@ def test_progress(request):
         pass
     finally:
         os.close(ours)
-    assert process.wait() == 0
+    assert process.wait() == 0, shown.decode()
     rewritten = [line for line in shown.decode().replace("\r\n", "\n").split("\r") if line.startswith("kld: capture")]
     assert len(rewritten) == 4
     assert all(len(line) < 80 and "\n" not in line for line in rewritten[:-1])
