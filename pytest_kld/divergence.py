@@ -35,6 +35,10 @@ _CACHED_ELEMENTS = 1 << 20
 """Logits per side in one eager block on a CPU: what stays in the core's caches."""
 _DEVICE_ELEMENTS = 1 << 26
 """Logits per side in one eager block on an accelerator: few launches, bounded workspace (1 GiB)."""
+_SUMMED_COLUMNS = 16_384
+"""Columns that the compiled pass adds up in float32; one running sum over a whole vocabulary would be off by 1e-5."""
+_TILE_COLUMNS = 2048
+"""Columns whose maximum is taken at once."""
 
 Sums = tuple[Tensor, Tensor, Tensor, Tensor]
 Reduction = Callable[[Tensor, Tensor, Tensor, Tensor], Sums]
@@ -161,7 +165,21 @@ def compiled_reduction() -> Reduction:
     Compiling takes some seconds and a C++ compiler (on CUDA: Triton), so it pays for large jobs only.
     """
     with warnings.catch_warnings(action="ignore"):  # torch's compiler uses what torch deprecates
-        return torch.compile(_one_pass, dynamic=False)
+        one_pass = torch.compile(_one_pass, dynamic=False)
+
+    def reduction(z_r: Tensor, z_c: Tensor, m_r: Tensor, m_c: Tensor) -> Sums:
+        width = min(_SUMMED_COLUMNS, z_r.shape[1])
+        whole = z_r.shape[1] // width * width
+        parts = [
+            one_pass(z_r[:, start : start + width], z_c[:, start : start + width], m_r, m_c)
+            for start in range(0, whole, width)
+        ]
+        if whole < z_r.shape[1]:  # another shape would be compiled again
+            parts.append(eager_reduction(z_r[:, whole:], z_c[:, whole:], m_r, m_c))
+        first, second, third, fourth = (torch.stack(sums).double().sum(0) for sums in zip(*parts, strict=True))
+        return first, second, third, fourth
+
+    return reduction
 
 
 def _one_pass(z_r: Tensor, z_c: Tensor, m_r: Tensor, m_c: Tensor) -> Sums:
@@ -170,8 +188,9 @@ def _one_pass(z_r: Tensor, z_c: Tensor, m_r: Tensor, m_c: Tensor) -> Sums:
     u = y - x
     a, b = x.exp(), y.exp()
     terms = torch.where(u.abs() < 0.5, a * _phi_series(u), b - a - a * u)
-    terms = torch.where(terms.isnan(), 0.0, terms)
     # Where a underflows and u is +large, b − a − a·u is b − 0 − 0: nothing of the candidate's mass is lost.
+    # 0 · inf, where neither side gives the token any probability, is NaN and compares false: it adds nothing.
+    terms = torch.where(terms > 0, terms, 0.0)
     return a.sum(-1), b.sum(-1), terms.sum(-1), (a * x).sum(-1)
 
 
@@ -181,12 +200,20 @@ def _phi_series(u: Tensor) -> Tensor:
 
 
 def _row_max(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Row maxima and the first index of each. NaN wins over every number, as the flags need it."""
-    if z.device.type == "cpu":  # numpy's argmax is five times faster than torch's here
-        argmax = torch.from_numpy(z.numpy().argmax(-1))
-        return z.gather(1, argmax[:, None]).squeeze(1), argmax
-    values, argmax = z.max(-1)
-    return values, argmax
+    """Row maxima and the first index of each. NaN wins over every number, as the flags need it.
+
+    The maximum of each tile is one plain read of the matrix; the index is looked for in the winning tile alone.
+    """
+    vocab_size = z.shape[1]
+    whole = vocab_size // _TILE_COLUMNS * _TILE_COLUMNS
+    tiles = z[:, :whole].unflatten(1, (-1, _TILE_COLUMNS)).amax(-1)
+    if whole < vocab_size:
+        tiles = torch.cat([tiles, z[:, whole:].amax(-1, keepdim=True)], -1)
+    values, tile = tiles.max(-1)
+    columns = tile[:, None] * _TILE_COLUMNS + torch.arange(_TILE_COLUMNS, device=z.device)
+    columns.clamp_(max=vocab_size - 1)
+    within = z.gather(1, columns).argmax(-1, keepdim=True)
+    return values, columns.gather(1, within).squeeze(1)
 
 
 def _nll(z: Tensor, m: Tensor, weight: Tensor, index: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ does at most users'. It is made once per recipe and kept; pytest-kld is added to
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import shlex
 import shutil
@@ -104,7 +105,7 @@ def cached(name: str, recipe: str, make: Callable[[Path], None]) -> Path:
 
 def _base() -> Path:
     requirements = HERE / f"requirements-{RELEASE}.txt"
-    recipe = f"{sys.version}\n{TORCH}\n{requirements.read_text()}\n{Path(__file__).read_text()}"
+    recipe = "\n".join([sys.version, TORCH, requirements.read_text(), inspect.getsource(_declare_torchvision_ops)])
 
     def make(directory: Path) -> None:
         subprocess.run([sys.executable, "-m", "venv", directory], check=True)
