@@ -337,7 +337,8 @@ def test_compiled_reduction_agrees_with_float64_over_whole_tiles_and_a_tail(
     figures = divergence(reference, candidate, torch.full((6,), -1), reduction=COMPILED)
     assert figures.kl[4] == torch.inf
     assert figures.kl[5] == 0
-    torch.testing.assert_close(figures.kl, expected.clamp(min=0), rtol=1e-4, atol=1e-12)
+    # Log ratios of 1e-3 are differences of float32 logits of size 10, which are 1e-6 apart.
+    torch.testing.assert_close(figures.kl, expected.clamp(min=0), rtol=5e-4, atol=1e-12)
 
 
 def test_arg_max_is_the_first_of_equals_across_tiles_and_in_the_tail() -> None:

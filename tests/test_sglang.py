@@ -348,7 +348,7 @@ def test_sglang_without_the_hook_installed_is_an_error_before_anything_boots(
 ) -> None:
     monkeypatch.delenv("PYTHONPATH", raising=False)
     bare = SGLangEnvironment(python=environment.python, variables=variables(tmp_path))
-    with booting(bare, tmp_path) as boot, pytest.raises(ServerError, match="Install pytest-kld where SGLang runs"):
+    with booting(bare, tmp_path) as boot, pytest.raises(ServerError, match="pip install pytest-kld"):
         boot(llama_dir)
 
 

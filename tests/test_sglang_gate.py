@@ -87,7 +87,7 @@ MOE_BACKENDS = ("auto", "triton")
 
 
 def test_the_example_of_a_release_gate_runs(
-    tmp_path: Path, environment: SGLangEnvironment, reference_dir: Path, candidate_dir: Path
+    tmp_path: Path, environment: SGLangEnvironment, reference_dir: Path, make_model: MakeModel
 ) -> None:
     """Without its conftest.py, whose flags are for eight GPUs."""
     shutil.copy(EXAMPLES / "release_gate" / "test_release.py", tmp_path)
@@ -95,7 +95,7 @@ def test_the_example_of_a_release_gate_runs(
     run, results = gate(
         tmp_path,
         f"--kld-ref={reference_dir}",
-        f"--kld-candidate={candidate_dir}",
+        f"--kld-candidate={make_model('close', noise=0.0001)}",
         *environment.options(),
         *SHORT,
         *("--kld-max-mean=0.2", "--kld-max-p99=1", f"--kld-cache-dir={tmp_path / 'cache'}"),
