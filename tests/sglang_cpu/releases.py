@@ -18,7 +18,7 @@ _SHARED = ("llguidance==0.7.30", "openai==2.6.1")
 OVERLAYS = {
     "0.5.9": ("transformers==4.57.1", "tokenizers==0.22.1", "huggingface-hub==0.36.0", "xgrammar==0.1.27"),
     "0.5.10.post1": ("transformers==5.3.0", "tokenizers==0.22.2", "huggingface-hub==1.33.0", "xgrammar==0.1.32"),
-    "0.5.15.post1": ("transformers==5.12.1", "tokenizers==0.22.2", "xgrammar==0.2.1"),
+    "0.5.15.post1": ("transformers==5.12.1", "tokenizers==0.22.2", "huggingface-hub==1.33.0", "xgrammar==0.2.1"),
 }
 """What each release pins."""
 _FLAGS = {
