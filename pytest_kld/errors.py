@@ -27,3 +27,7 @@ class ScoresError(KLDError):
 
 class ServerError(KLDError):
     """A server did not boot, died, or answered with something else than was asked for."""
+
+
+class PatchError(KLDError):
+    """A SGLang cannot be patched: there is none, it is of an unknown release, or somebody changed it."""

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 from importlib.metadata import PackageNotFoundError, entry_points, version
-from importlib.util import find_spec
-from pathlib import Path
 
 from pytest_kld import __version__
+from pytest_kld.errors import PatchError
 from pytest_kld.gpus import query_gpus
+from pytest_kld.patching import Installation, State
 from pytest_kld.sglang_hook.protocol import PROTOCOL
 
 
@@ -36,14 +36,19 @@ def main() -> None:
 
 
 def _why_not_hooked() -> str | None:
-    found = find_spec("sglang")
-    if found is None or not found.submodule_search_locations:
-        return "SGLang is not installed"
-    root = Path(found.submodule_search_locations[0])
-    if (root / "srt" / "plugins").is_dir():
+    try:
+        found = Installation.find()
+    except PatchError as error:
+        return str(error)
+    what, state = f"SGLang {found.release} in {found.root}", found.state()
+    if state is State.NOTHING_TO_PATCH:
         if any(point.name == "pytest_kld" for point in entry_points(group="sglang.srt.plugins")):
             return None
         return "pytest-kld is importable where SGLang runs and not installed: `pip install pytest-kld` there"
+    if state is State.NOT_PATCHED:
+        return f"{what} has no plugins and is not patched: run `pytest-kld patch --apply` there."
+    if state is State.MODIFIED:
+        return f"{what} has no plugins and cannot be patched: {found.target} {state.value}."
     return None
 
 

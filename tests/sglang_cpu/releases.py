@@ -1,0 +1,82 @@
+"""Other releases of the real SGLang, laid over the environment of the newest one.
+
+An overlay is a directory on PYTHONPATH with that release and what it pins and cannot do without; the rest is shared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+from sglang_cpu.environment import HERE, ROOT, SGLangEnvironment, cached, sglang_environment, variables
+
+_SHARED = ("llguidance==0.7.30", "openai==2.6.1")
+OVERLAYS = {
+    "0.5.9": ("transformers==4.57.1", "tokenizers==0.22.1", "huggingface-hub==0.36.0", "xgrammar==0.1.27"),
+    "0.5.10.post1": ("transformers==5.3.0", "tokenizers==0.22.2", "huggingface-hub==1.33.0", "xgrammar==0.1.32"),
+    "0.5.15.post1": ("transformers==5.12.1", "tokenizers==0.22.2", "huggingface-hub==1.33.0", "xgrammar==0.2.1"),
+}
+"""What each release pins."""
+_FLAGS = {
+    "0.5.9": (),
+    "0.5.10.post1": ("--disable-piecewise-cuda-graph",),
+    "0.5.15.post1": ("--disable-piecewise-cuda-graph",),
+}
+
+
+def release_environment(release: str, hook: Path) -> SGLangEnvironment:
+    """Return an environment with another release, patched if it needs to be, making what is not there yet.
+
+    Args:
+        release: a key of `OVERLAYS`.
+        hook: an empty directory; pytest-kld is installed into it, as it is in this checkout.
+
+    """
+    base = sglang_environment(hook)
+    requirements = (f"sglang=={release}", *OVERLAYS[release], *_SHARED)
+    patches = "".join(path.read_text() for path in sorted((ROOT / "patches").iterdir()))
+
+    def make(directory: Path) -> None:
+        install = (base.python, "-m", "pip", "install", "--quiet", "--no-deps", "--target", directory)
+        subprocess.run([*install, *requirements], check=True)
+        patch = (base.python, "-m", "pytest_kld.command", "patch", "--apply", "--sglang", directory)
+        subprocess.run(patch, check=True, env={**os.environ, "PYTHONPATH": str(hook)})
+
+    overlay = cached(f"sglang-{release}", f"{sys.version}\n{requirements}\n{patches}", make)
+    return SGLangEnvironment(
+        python=base.python,
+        variables=variables(hook, overlay, HERE / "stubs_old", HERE / "stubs"),
+        flags=(*base.flags, *_FLAGS[release]),
+    )
+
+
+def unpack(release: str, directory: Path) -> Path:
+    """Put the files of a release's wheel that patching looks at into a directory, and return it."""
+
+    def make(target: Path) -> None:
+        download = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", target)
+        subprocess.run([*download, f"sglang=={release}"], check=True)
+
+    (wheel,) = cached(f"sglang-wheel-{release}", f"{sys.version}\n{release}", make).glob("*.whl")
+    with ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if name.startswith(
+                ("sglang/_version.py", "sglang/__init__.py", "sglang/version.py", "sglang/srt/plugins/")
+            ):
+                archive.extract(name, directory)
+        archive.extract("sglang/srt/model_executor/model_runner.py", directory)
+    return directory
+
+
+def make_readable(model: Path) -> None:
+    """Write a checkpoint's config as releases before transformers 5 read it, too."""
+    path = model / "config.json"
+    config = json.loads(path.read_text())
+    config |= {"rope_theta": config["rope_parameters"]["rope_theta"], "torch_dtype": config["dtype"]}
+    path.write_text(json.dumps(config))
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}))
