@@ -1,0 +1,190 @@
+"""What capturing costs the real SGLang: no hook, ours, and the original's method, side by side. See README.md.
+
+python benchmarks/sglang.py [--models DIR] [--windows N]
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import requests
+import torch
+from original import compare_window
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "conftest_examples" / "quickstart"), str(ROOT / "tests")]
+
+from make_models import make_models  # noqa: E402 (from the directories above)
+from sglang_cpu.environment import SGLangEnvironment, sglang_environment  # noqa: E402
+
+from pytest_kld.corpus import load_corpus  # noqa: E402
+from pytest_kld.models import ModelSpec  # noqa: E402
+from pytest_kld.server import Server, ServerCommand, free_port  # noqa: E402
+from pytest_kld.sglang_hook.protocol import (  # noqa: E402
+    CAPTURE_DIR_VARIABLE,
+    CaptureRequest,
+    new_run,
+    request_id,
+    write_json_whole,
+)
+from pytest_kld.windows import Windows, cut_windows, load_tokenizer  # noqa: E402
+
+SIZE = 512
+
+
+def main() -> None:
+    """Measure and print two tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", type=Path, default=Path("quickstart/models"), help="where the models are, or go")
+    parser.add_argument("--windows", type=int, default=16, help="windows of 512 tokens")
+    options = parser.parse_args()
+    reference, candidates = make_models(options.models)
+    windows = cut(reference, options.windows)
+    with tempfile.TemporaryDirectory(prefix="kld-benchmark-") as work:
+        environment = sglang_environment(Path(work, "hook"))
+        overhead(reference.resolve(), windows, environment, Path(work))
+        verdict(reference.resolve(), candidates[0].resolve(), windows, environment, Path(work))
+
+
+def cut(model: Path, count: int) -> Windows:
+    """Cut the windows that all methods run on."""
+    tokenizer = load_tokenizer(ModelSpec.parse(str(model), Path()), trust_remote_code=False)
+    return cut_windows(load_corpus("python-docs", Path()), tokenizer, count=count, size=SIZE, stride=SIZE, label="")
+
+
+def overhead(model: Path, windows: Windows, environment: SGLangEnvironment, work: Path) -> None:
+    """Run all three servers at once and send each window to one after the other, so that drift hits all alike."""
+    with ExitStack() as stack:
+        plain, plain_boot = stack.enter_context(serving(model, environment, work / "plain.log"))
+        ours, ours_boot = stack.enter_context(
+            serving(model, environment, work / "ours.log", **{CAPTURE_DIR_VARIABLE: str(work / "spool")})
+        )
+        original, original_boot = stack.enter_context(serving_original(model, environment, work, work / "saved"))
+        run = work / "spool" / new_run()
+        run.mkdir(parents=True)
+        write_json_whole(run / "request.json", CaptureRequest(hidden=True, rows=(SIZE // 2, SIZE - 1)).to_json())
+        senders: dict[str, Callable[[int], None]] = {
+            "no hook": lambda index: send(plain, windows, index),
+            "ours": lambda index: send(ours, windows, index, request_id(run.name, index)),
+            "original": lambda index: send(original, windows, index),
+        }
+        times = alternate(senders, windows.count)
+    base = statistics.median(times["no hook"])
+    print(
+        f"\n{os.cpu_count()} cores, SmolLM2-135M in bfloat16, {windows.count} windows of {SIZE} tokens, one at a time.\n"
+    )
+    print("| | s per window, median (min) | over no hook, median of pairs | boot, s |\n|---|---|---|---|")
+    for name, boot in (("no hook", plain_boot), ("ours", ours_boot), ("original", original_boot)):
+        pairs = [one - other for one, other in zip(times[name], times["no hook"], strict=True)]
+        share = f"{statistics.median(pairs) / base:+.1%}"
+        print(f"| {name} | {statistics.median(times[name]):.3f} ({min(times[name]):.3f}) | {share} | {boot:.1f} |")
+
+
+def verdict(reference: Path, candidate: Path, windows: Windows, environment: SGLangEnvironment, work: Path) -> None:
+    """Time everything from nothing to a mean KLD: two boots, two captures, one comparison."""
+    start = time.perf_counter()
+    command = [
+        *(sys.executable, "-m", "pytest", "-q", f"--kld-ref={reference}", f"--kld-candidate={candidate}"),
+        *("--kld-max-mean=0.05", "--kld-dataset=python-docs", f"--kld-windows={windows.count}"),
+        *(f"--kld-window-size={SIZE}", f"--kld-stride={SIZE}", f"--kld-cache-dir={work / 'cache'}"),
+        *environment.options(),
+    ]
+    empty = work / "empty"
+    empty.mkdir()
+    told = subprocess.run(command, cwd=empty, stdout=subprocess.PIPE, text=True, check=True).stdout
+    ours = time.perf_counter() - start
+    start = time.perf_counter()
+    for name, model in (("reference", reference), ("candidate", candidate)):
+        with serving_original(model, environment, work, work / name) as (url, _):
+            for index in range(windows.count):
+                send(url, windows, index)
+    pairs = [
+        [work / side / f"{index}.safetensors" for side in ("reference", "candidate")] for index in range(windows.count)
+    ]
+    kl = torch.cat([compare_window(*pair, torch.device("cpu")) for pair in pairs])
+    original = time.perf_counter() - start
+    sizes = [sum(f.stat().st_size for f in (work / place).rglob("*.safetensors")) for place in ("cache", "reference")]
+    print(
+        f"\n| boot to verdict, one candidate | s | MB on disk |\n|---|---|---|\n| ours | {ours:.0f} | {sizes[0] / 1e6:,.0f} |"
+    )
+    print(
+        f"| original | {original:.0f} | {2 * sizes[1] / 1e6:,.0f} |\n\nmean KLD, original: {float(kl.mean()):.6f}; ours:"
+    )
+    print(next(line for line in told.splitlines() if line.startswith(str(candidate))))
+
+
+@contextmanager
+def serving(model: Path, environment: SGLangEnvironment, log: Path, **variables: str) -> Iterator[tuple[str, float]]:
+    """Boot a server; yield its URL and the seconds it took."""
+    port = free_port()
+    start = time.perf_counter()
+    server = Server(
+        ServerCommand(
+            argv=[
+                *(str(environment.python), "-m", "sglang.launch_server", "--model-path", str(model)),
+                *("--host", "127.0.0.1", "--port", str(port), "--prefill-max-requests", "1", *environment.flags),
+            ],
+            environment={**os.environ, **environment.variables, **variables},
+            url=f"http://127.0.0.1:{port}",
+            health="/health",
+            log=log,
+            startup_timeout=600,
+        )
+    )
+    try:
+        yield server.url, time.perf_counter() - start
+    finally:
+        server.stop()
+
+
+@contextmanager
+def serving_original(
+    model: Path, environment: SGLangEnvironment, work: Path, saved: Path
+) -> Iterator[tuple[str, float]]:
+    """Boot a server with the original's method in it."""
+    plugin = work / "plugin"
+    metadata = plugin / "original_plugin-0.dist-info"
+    metadata.mkdir(parents=True, exist_ok=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: original-plugin\nVersion: 0\n")
+    (metadata / "entry_points.txt").write_text("[sglang.srt.plugins]\noriginal = original_plugin:install\n")
+    saved.mkdir()
+    path = os.pathsep.join([str(plugin), str(ROOT / "benchmarks"), environment.variables["PYTHONPATH"]])
+    with serving(
+        model, environment, work / f"{saved.name}.log", PYTHONPATH=path, SGLANG_KLD_SAVE_DIR=str(saved)
+    ) as served:
+        yield served
+
+
+def send(url: str, windows: Windows, index: int, rid: str | None = None) -> None:
+    """Prefill one window."""
+    body = {
+        "input_ids": windows.token_ids[index].tolist(),
+        "sampling_params": {"max_new_tokens": 1, "temperature": 0},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+    }
+    requests.post(f"{url}/generate", json=body | ({"rid": rid} if rid else {}), timeout=600).raise_for_status()
+
+
+def alternate(senders: dict[str, Callable[[int], None]], count: int) -> dict[str, list[float]]:
+    """Send each window to each server in turn, after one to warm up; return seconds."""
+    times: dict[str, list[float]] = {name: [] for name in senders}
+    for name in senders:
+        senders[name](0)
+    for index in range(count):
+        for name, sender in senders.items():
+            start = time.perf_counter()
+            sender(index)
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+if __name__ == "__main__":
+    main()
