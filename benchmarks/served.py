@@ -1,6 +1,6 @@
 """What capturing costs the real SGLang: no hook, ours, and the original's method, side by side. See README.md.
 
-python benchmarks/sglang.py [--models DIR] [--windows N]
+python benchmarks/served.py [--models DIR] [--windows N]
 """
 
 import argparse
@@ -77,9 +77,8 @@ def overhead(model: Path, windows: Windows, environment: SGLangEnvironment, work
         }
         times = alternate(senders, windows.count)
     base = statistics.median(times["no hook"])
-    print(
-        f"\n{os.cpu_count()} cores, SmolLM2-135M in bfloat16, {windows.count} windows of {SIZE} tokens, one at a time.\n"
-    )
+    what = f"SmolLM2-135M in bfloat16, {windows.count} windows of {SIZE} tokens, one at a time"
+    print(f"\n{os.cpu_count()} cores, {what}.\n")
     print("| | s per window, median (min) | over no hook, median of pairs | boot, s |\n|---|---|---|---|")
     for name, boot in (("no hook", plain_boot), ("ours", ours_boot), ("original", original_boot)):
         pairs = [one - other for one, other in zip(times[name], times["no hook"], strict=True)]
@@ -105,19 +104,21 @@ def verdict(reference: Path, candidate: Path, windows: Windows, environment: SGL
         with serving_original(model, environment, work, work / name) as (url, _):
             for index in range(windows.count):
                 send(url, windows, index)
-    pairs = [
-        [work / side / f"{index}.safetensors" for side in ("reference", "candidate")] for index in range(windows.count)
-    ]
-    kl = torch.cat([compare_window(*pair, torch.device("cpu")) for pair in pairs])
+    kl = []
+    for index in range(windows.count):
+        pair = (work / side / f"{index}.safetensors" for side in ("reference", "candidate"))
+        kl.append(compare_window(*pair, torch.device("cpu")))
     original = time.perf_counter() - start
-    sizes = [sum(f.stat().st_size for f in (work / place).rglob("*.safetensors")) for place in ("cache", "reference")]
-    print(
-        f"\n| boot to verdict, one candidate | s | MB on disk |\n|---|---|---|\n| ours | {ours:.0f} | {sizes[0] / 1e6:,.0f} |"
-    )
-    print(
-        f"| original | {original:.0f} | {2 * sizes[1] / 1e6:,.0f} |\n\nmean KLD, original: {float(kl.mean()):.6f}; ours:"
-    )
-    print(next(line for line in told.splitlines() if line.startswith(str(candidate))))
+    print("\n| boot to verdict, one candidate | s | MB on disk | mean KLD, nats |\n|---|---|---|---|")
+    row = next(line for line in told.splitlines() if line.startswith(str(candidate)))
+    print(f"| ours | {ours:.0f} | {megabytes(work / 'cache'):,.0f} | {row.removeprefix(str(candidate)).split()[0]} |")
+    saved = megabytes(work / "reference") + megabytes(work / "candidate")
+    print(f"| original | {original:.0f} | {saved:,.0f} | {float(torch.cat(kl).mean()):.6f} |")
+
+
+def megabytes(directory: Path) -> float:
+    """Return the size of all captures in a directory."""
+    return sum(path.stat().st_size for path in directory.rglob("*.safetensors")) / 1e6
 
 
 @contextmanager
