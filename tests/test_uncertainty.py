@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import coverage
 from pytest_kld.scores import COLUMNS, Scores, Summary
-from pytest_kld.uncertainty import FIGURES, Blocks, correlation_length, intervals, student_quantile
+from pytest_kld.uncertainty import FIGURES, Blocks, correlation_length, intervals, macro_average, student_quantile
 
 
 def make_scores(kl: Any, stride: int, **columns: Any) -> Scores:
@@ -108,7 +108,7 @@ def test_a_smaller_share_of_the_error_makes_intervals_wider() -> None:
     scores = independent()
     whole, tenth = intervals(scores, 0.95), intervals(scores, 0.95, spend=0.1)
     same = intervals(scores, 0.995)
-    for name in FIGURES:
+    for name in whole:
         if name not in ("top1_agreement", "ppl_ratio", "log_ppl_ratio", "rms_delta_p"):  # these do not vary here
             assert tenth[name].high - tenth[name].low > whole[name].high - whole[name].low
         assert tenth[name].high == pytest.approx(same[name].high)
@@ -145,6 +145,28 @@ def test_quantile_beyond_what_a_short_text_shows_has_no_upper_bound() -> None:
     known = intervals(independent(windows=1, size=200), 0.95)
     assert known["p999"].high == math.inf
     assert known["p999"].low < known["median"].high * 20
+
+
+def test_flips_are_a_share_of_the_confident_positions_alone() -> None:
+    confident = np.zeros((4, 256))
+    confident[:, ::4] = 0.9
+    changed = np.random.default_rng(5).random((4, 256)) < 0.3
+    known = intervals(make_scores(confident, 256, reference_confidence=confident, candidate_argmax=changed), 0.95)
+    share = changed[:, ::4].mean()
+    assert known["flips"].low < share < known["flips"].high
+    assert known["flips"].effective_positions == pytest.approx(256, rel=0.6)
+    assert "flips" not in intervals(make_scores(confident, 256), 0.95)
+
+
+def test_macro_average_of_datasets_has_an_interval_of_its_own() -> None:
+    tables = [independent(seed=seed) for seed in range(4)]
+    parts = [intervals(table, 0.95) for table in tables]
+    average = macro_average(parts, [Summary.of(table) for table in tables])["mean"]
+    middle = np.mean([table.columns["kl"].mean() for table in tables])
+    assert average.low < middle < average.high
+    # Four of the same width: half of it.
+    widths = [part["mean"].high - part["mean"].low for part in parts]
+    assert average.high - average.low == pytest.approx(np.mean(widths) / 2, rel=0.05)
 
 
 def test_every_position_may_have_its_own_block_in_a_tiny_text() -> None:
