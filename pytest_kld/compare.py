@@ -38,6 +38,7 @@ def compare(
     device: torch.device,
     progress: Progress,
     extended: bool = False,
+    known: Scores | None = None,
 ) -> Scores:
     """Compute the figures of every position of every window.
 
@@ -49,6 +50,7 @@ def compare(
         device: where to compute.
         progress: told of each window.
         extended: whether to make a second pass for the columns of `Extended`.
+        known: scores of the first windows of the same pair; they are taken over where the kernel is the same.
 
     Raises:
         CaptureError: the captures differ in token ids, a window is short, or an id lies outside the common
@@ -65,8 +67,13 @@ def compare(
     columns["token_ids"][:] = windows.token_ids
     reduction, kernel = _pick_reduction(windows.count * windows.size * vocab_size, device)
     rows = max(1, _BLOCK_ELEMENTS // max(reference.vocab_size, candidate.vocab_size))
-    with progress.task(f"compare {candidate.name}", windows.count) as task:
-        for window in range(windows.count):
+    done = 0
+    if known is not None and known.about["kernel"] == kernel and known.columns.keys() >= columns.keys():
+        done = len(known.columns["flags"])
+        for name, column in columns.items():
+            column[:done] = known.columns[name]
+    with progress.task(f"compare {candidate.name}", windows.count, done) as task:
+        for window in range(done, windows.count):
             _require_same_ids(window, windows, reference, candidate)
             labels = torch.from_numpy(np.append(windows.token_ids[window, 1:], -1)).to(device)
             for start in range(0, windows.size, rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import time
@@ -21,6 +22,7 @@ from pytest_kld.models import ModelSpec
 Store = Literal["auto", "hidden", "logits", "logprobs"]
 HeadMode = Literal["exact", "native"]
 Metrics = Literal["core", "all"]
+Inconclusive = Literal["fail", "pass", "skip"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +102,25 @@ def _window_count(text: str, base: Path) -> int | None:
     try:
         return None if text == "max" else _whole(1)(text, base)
     except ValueError as error:
-        raise ValueError(f"{error} (or `max`: all that the text gives)") from None
+        raise ValueError(f"{error} (or `max`: all that the text gives; or `auto`)") from None
+
+
+def _window_plan(text: str, base: Path) -> tuple[int | None, bool]:
+    """Return the greatest number of windows, and whether fewer will do where they decide."""
+    word, _, most = text.partition(":")
+    if word != "auto":
+        return _window_count(text, base), False
+    return _window_count(most or "100", base), True
+
+
+def _confidence(text: str, _: Path) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0.5 <= number < 1:
+        raise ValueError(f"expected a number of at least 0.5 and below 1, e.g. 0.95, got {text!r}")
+    return number
 
 
 def _device(text: str, _: Path) -> str:
@@ -173,8 +193,9 @@ OPTIONS: tuple[Option, ...] = (
         name="windows",
         metavar="N",
         default="100",
-        parse=_window_count,
-        help="Number of windows, or max for all that the text gives.",
+        parse=_window_plan,
+        help="Number of windows, max for all that the text gives, or auto[:N]: rounds of windows until every limit "
+        "is decided, N (100, or max) at most.",
     ),
     Option(
         name="window_size",
@@ -210,6 +231,20 @@ OPTIONS: tuple[Option, ...] = (
         default="auto",
         parse=_choice("auto", "sglang", "transformers"),
         help="What runs the models: sglang (servers), transformers (in this process), or auto (sglang where it is).",
+    ),
+    Option(
+        name="confidence",
+        metavar="X",
+        parse=_confidence,
+        help="Hold confidence intervals, not figures, against the limits, e.g. 0.95. Default: off; 0.95 with "
+        "--kld-windows=auto.",
+    ),
+    Option(
+        name="inconclusive",
+        metavar="OUTCOME",
+        default="fail",
+        parse=_choice("fail", "pass", "skip"),
+        help="Outcome of a test whose intervals leave a limit undecided: fail, pass or skip.",
     ),
     Option(
         name="dtype",
@@ -352,7 +387,10 @@ class KLDConfig:
         ref: the reference, or None.
         candidate: the candidates, in the order given.
         dataset: the datasets, in the order given; relative paths start from `base`.
-        windows: number of windows; None means all that the text gives.
+        windows: number of windows, the greatest where `adaptive`; None means all that the text gives.
+        adaptive: whether to stop at fewer windows, once every limit is decided.
+        confidence: of the intervals that are held against the limits; None holds the figures themselves.
+        inconclusive: outcome of a test that the intervals leave undecided.
         bounds: limits by name, command line over ini over default.
         given_limits: options of limits that stand on the command line.
         given_candidates: whether candidates stand on the command line.
@@ -367,6 +405,9 @@ class KLDConfig:
     dataset: tuple[str, ...]
     each_dataset: bool
     windows: int | None
+    adaptive: bool
+    confidence: float | None
+    inconclusive: Inconclusive
     window_size: int
     stride: int
     skip_first: int
@@ -460,6 +501,12 @@ def build_config(config: pytest.Config) -> KLDConfig:
     values["refresh"] = bool(values["refresh"])
     values["each_dataset"] = bool(values["each_dataset"])
     values["cache_dir"] = values["cache_dir"] or _default_cache_dir()
+    values["windows"], values["adaptive"] = values["windows"]
+    if values["adaptive"] and len(values["dataset"]) > 1:
+        raise pytest.UsageError(
+            "--kld-windows=auto goes on along one text; give one --kld-dataset, or a number of windows"
+        )
+    values["confidence"] = values["confidence"] or (0.95 if values["adaptive"] else None)
     return KLDConfig(
         **values,
         bounds=merge_bounds(by_limit, dict(DEFAULT_BOUNDS)),

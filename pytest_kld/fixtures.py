@@ -19,6 +19,7 @@ from pytest_kld.report.terminal import TerminalProgress
 if TYPE_CHECKING:
     from pytest_kld.capture import Capture
     from pytest_kld.engines.sglang_servers import ServerHandle
+    from pytest_kld.interval import Interval
     from pytest_kld.measurement import Measurement
     from pytest_kld.scores import Scores
     from pytest_kld.windows import Windows
@@ -51,6 +52,7 @@ class KLD:
         scores: the table per position, without the positions that `--kld-skip-first` leaves out.
         datasets: every figure of each dataset, by its name.
         summary: every figure; of several datasets, their macro average.
+        intervals: a confidence interval of each figure that has one; empty without --kld-confidence.
 
     """
 
@@ -62,8 +64,10 @@ class KLD:
         bounds: Mapping[str, float],
         scores: Scores,
         each_dataset: bool = False,
+        confidence: float | None = None,
+        spend: float = 1.0,
     ) -> None:
-        """Draw the figures from the scores.
+        """Draw the figures from the scores. See `uncertainty.intervals` for `spend`.
 
         Raises:
             ScoresError: there is nothing to draw them from, or a figure that has a limit is missing.
@@ -79,6 +83,10 @@ class KLD:
         self.datasets = {name: Summary.of(table) for name, table in scores.by_dataset().items()}
         summaries = list(self.datasets.values())
         self.summary = Summary.macro_average(summaries) if len(summaries) > 1 else summaries[0]
+        self.intervals: dict[str, Interval] = {}
+        self._dataset_intervals: dict[str, dict[str, Interval]] = {}
+        if confidence is not None:
+            self._find_intervals(confidence, spend)
         self.verdict()  # a limit that cannot be checked is an error before the test's body, not a failure after it
 
     def __repr__(self) -> str:
@@ -91,11 +99,21 @@ class KLD:
 
     def verdict(self) -> Verdict:
         """Hold the figures against the limits."""
-        checks = judge(self.summary.to_json(), self.bounds).checks
+        windows = int(self.scores.about["protocol"]["windows"])
+        checks = judge(self.summary.to_json(), self.bounds, intervals=self.intervals, windows=windows).checks
         if self.each_dataset and len(self.datasets) > 1:
             for name, summary in self.datasets.items():
-                checks += judge(summary.to_json(), self.bounds, name).checks
+                known = self._dataset_intervals.get(name)
+                checks += judge(summary.to_json(), self.bounds, name, intervals=known, windows=windows).checks
         return Verdict(checks=checks)
+
+    def _find_intervals(self, confidence: float, spend: float) -> None:
+        from pytest_kld.uncertainty import intervals, macro_average
+
+        tables = self.scores.by_dataset()
+        self._dataset_intervals = {name: intervals(table, confidence, spend=spend) for name, table in tables.items()}
+        parts = list(self._dataset_intervals.values())
+        self.intervals = parts[0] if len(parts) == 1 else macro_average(parts, list(self.datasets.values()))
 
     @property
     def mean(self) -> Figure:
@@ -293,7 +311,7 @@ def kld_server(_kld_measurement: Measurement, _kld_arguments: EngineArguments) -
 
 @pytest.fixture(scope="session")
 def kld_windows(_kld_measurement: Measurement) -> Windows:
-    """The token windows that both sides are run on."""
+    """The token windows that both sides are run on; with --kld-windows=auto the most that there may be."""
     with _measuring():
         return _kld_measurement.windows()
 
@@ -354,12 +372,15 @@ def kld(
         _require_used(request, _kld_arguments)
         # Scores are no session fixture: a directory may override what they are made of, and pytest would go on with
         # the scores of the directory before.
+        scores, spend = _scores(request, _kld_measurement, kld_windows, kld_reference, kld_candidate)
         return KLD(
             reference=reference_label(kld_config),
             candidate=candidate_label(request.node),
             bounds=bounds_of(request.node, kld_config),
-            scores=_scores(request, _kld_measurement, kld_windows, kld_reference, kld_candidate),
+            scores=scores,
             each_dataset=kld_config.each_dataset,
+            confidence=kld_config.confidence,
+            spend=spend,
         )
 
 
@@ -369,12 +390,20 @@ def _scores(
     windows: Windows,
     reference: Capture,
     candidate: Capture,
-) -> Scores:
+) -> tuple[Scores, float]:
+    """Return the scores, and the share of the error that intervals of them may spend."""
     config = measurement.config
     gated = [item for item in request.session.items if "kld" in getattr(item, "fixturenames", ())]
     extended = config.metrics == "all" or any(needs_extended(bounds_of(item, config)) for item in gated)
+    if config.adaptive:
+        from pytest_kld.rounds import Rounds
+
+        rounds = Rounds(
+            measurement=measurement, reference=reference, candidate=candidate, windows=windows, extended=extended
+        )
+        return rounds.until_decided(bounds_of(request.node, config))
     scores = measurement.scores(reference, candidate, windows, extended=extended)
-    return scores.without_first(config.skip_first)
+    return scores.without_first(config.skip_first), 1.0
 
 
 def _require_used(request: pytest.FixtureRequest, used: EngineArguments) -> None:

@@ -21,18 +21,28 @@ if TYPE_CHECKING:
 
 _SETUP_SECONDS = pytest.StashKey[float]()
 _BODY_PASSED = pytest.StashKey[bool]()
-"""Set when the limits fail the test, so that it is not taken for a failure of the body."""
+"""Set when the limits decide over the test, so that it is not taken for a failure or a skip of the body."""
+
+_OUTCOMES: dict[str, Outcome] = {"fail": "failed", "pass": "passed", "skip": "skipped"}
 
 _CRASH = "???"
 """What xdist writes for the phase of a test in which its worker died."""
 
 
 def check_limits(item: pytest.Item) -> None:
-    """Fail the test if a figure is over its limit. Does nothing for tests that are not gated."""
+    """Fail the test if a figure is over its limit; where that is undecided, do what --kld-inconclusive says.
+
+    Does nothing for tests that are not gated.
+    """
     kld = _kld_of(item)
-    if kld is not None and not (verdict := kld.verdict()).passed:
-        item.stash[_BODY_PASSED] = True
+    if kld is None or (verdict := kld.verdict()).passed:
+        return
+    item.stash[_BODY_PASSED] = True
+    outcome = item.config.stash[CONFIG].inconclusive if verdict.state == "inconclusive" else "fail"
+    if outcome == "fail":
         pytest.fail(explain(kld, verdict), pytrace=False)
+    if outcome == "skip":
+        pytest.skip(explain(kld, verdict))
 
 
 def explain(kld: KLD, verdict: Verdict) -> str:
@@ -49,7 +59,7 @@ def attach_result(item: pytest.Item, report: pytest.TestReport) -> None:
         item.stash[_SETUP_SECONDS] = report.duration
     if report.when == "teardown" or (report.when == "setup" and report.passed):
         return
-    if report.skipped and not hasattr(report, "wasxfail"):
+    if report.skipped and not hasattr(report, "wasxfail") and not item.stash.get(_BODY_PASSED, False):
         return
     kld = _kld_of(item)
     result = _result(item, report, kld)
@@ -69,8 +79,10 @@ def _result(item: pytest.Item, report: pytest.TestReport, kld: KLD | None) -> Ga
     outcome: Outcome = "passed"
     if kld is None or not called:
         outcome = "error"
-    elif not body_passed or (verdict and not verdict.passed):
+    elif not body_passed or (verdict and verdict.state == "fail"):
         outcome = "failed"
+    elif verdict and verdict.state == "inconclusive":
+        outcome = _OUTCOMES[config.inconclusive]
     return GateResult(
         nodeid=item.nodeid,
         reference=reference_label(config),
@@ -81,7 +93,9 @@ def _result(item: pytest.Item, report: pytest.TestReport, kld: KLD | None) -> Ga
         body_passed=body_passed,
         figures=kld.summary.to_json() if kld else None,
         datasets={name: summary.to_json() for name, summary in kld.datasets.items()} if kld else {},
+        intervals={name: interval.to_json() for name, interval in kld.intervals.items()} if kld else {},
         checks=checks_of(verdict) if verdict else (),
+        undecided=config.inconclusive,
         about=kld.scores.about if kld else None,
         seconds=item.stash.get(_SETUP_SECONDS, 0.0) + (report.duration if called else 0.0),
     )

@@ -12,9 +12,10 @@ from pytest_kld.corpus import load_corpus
 from pytest_kld.device import pick_device
 from pytest_kld.engines.selection import make_engine
 from pytest_kld.engines.sglang import SGLangEngine
-from pytest_kld.errors import ModelError, ServerError
+from pytest_kld.errors import CaptureError, ModelError, ServerError
 from pytest_kld.models import ModelSpec, is_capture
-from pytest_kld.recording import Recording, require_fits
+from pytest_kld.recording import Recording, adopt_windows, require_fits
+from pytest_kld.rounds import schedule
 from pytest_kld.scores import Scores
 from pytest_kld.windows import Windows, chat_renderer, check_same_tokens, cut_windows, join_windows, load_tokenizer
 
@@ -43,6 +44,8 @@ class Measurement:
         self.progress = progress
         self.cache = Cache(config.cache_dir)
         self.engine: Engine = make_engine(config, progress)
+        self._origins: dict[Path, tuple[ModelSpec, Mapping[str, Any]]] = {}
+        self._all_windows: Windows | None = None
 
     @cached_property
     def tokenizer_model(self) -> ModelSpec:
@@ -118,23 +121,53 @@ class Measurement:
         return self.engine.servers.get(spec.pin(), given["args"], given["env"])
 
     def capture(self, model: ModelSpec, arguments: Mapping[str, Any], windows: Windows) -> Capture:
-        """Return the reference's capture, from the cache or made now."""
-        return self._obtain(model, arguments, windows, None)
+        """Return the reference's capture, from the cache or made now; with --kld-windows=auto of the first round."""
+        return self._obtain(model, arguments, self._first_round(windows), None)
 
     def candidate_capture(
         self, model: ModelSpec, arguments: Mapping[str, Any], windows: Windows, reference: Capture
     ) -> Capture:
-        """Return a candidate's capture, from the cache or made now.
+        """Return a candidate's capture, from the cache or made now; with --kld-windows=auto of the first round.
 
         Before the candidate's model is loaded, the reference's capture is verified: what was expensive should not
         turn out to be in vain.
         """
-        return self._obtain(model, arguments, windows, reference)
+        return self._obtain(model, arguments, self._first_round(windows), reference)
 
-    def scores(self, reference: Capture, candidate: Capture, windows: Windows, *, extended: bool = False) -> Scores:
+    def extend(self, capture: Capture, windows: Windows, reference: Capture | None) -> Capture:
+        """Return a capture of the same model that covers at least these windows.
+
+        Args:
+            capture: one of fewer windows that came from here, or one that covers them already.
+            windows: what to cover.
+            reference: the reference's capture, if it is a candidate's.
+
+        Raises:
+            CaptureError: a capture of fewer windows that is not from here.
+
+        """
+        if capture.windows >= windows.count:
+            return capture
+        if capture.path not in self._origins:
+            raise CaptureError(
+                f"the capture {capture.path} has {capture.windows} windows and {windows.count} are needed; give "
+                "--kld-windows=auto:N with its number, or a model that can be run"
+            )
+        return self._obtain(*self._origins[capture.path], windows, reference)
+
+    def scores(
+        self,
+        reference: Capture,
+        candidate: Capture,
+        windows: Windows,
+        *,
+        extended: bool = False,
+        known: Scores | None = None,
+    ) -> Scores:
         """Return the scores of a pair: those saved, without touching a capture's contents, or computed now.
 
-        Saved scores without the extended columns give way to scores that have them, if these are needed.
+        Saved scores without the extended columns give way to scores that have them, if these are needed. `known` are
+        scores of the same pair's first windows.
         """
         config = self.config
         key = scores_key(reference, candidate, windows, config.head)
@@ -156,6 +189,7 @@ class Measurement:
                 device=pick_device(config.device),
                 progress=self.progress,
                 extended=extended,
+                known=known,
             )
             scores.save(path)
         return scores
@@ -164,7 +198,7 @@ class Measurement:
         self, model: ModelSpec, arguments: Mapping[str, Any], windows: Windows, reference: Capture | None
     ) -> Capture:
         if model.path is not None and is_capture(model.path):
-            return Capture.open(model.path, windows)
+            return Capture.open(model.path, self._all_windows or windows)
         model = model.pin()
         key = {
             "schema": SCHEMA,
@@ -174,15 +208,23 @@ class Measurement:
             "store": self.config.store,
         }
         entry = self.cache.capture_entry(key)
+        for more in self._rounds(above=windows.count):
+            larger = self._entry_of(key, more)
+            if self._is_there(larger / MANIFEST):
+                entry, windows = larger, more
         with self.cache.lock(entry, lambda: self._say_waiting(f"capture of {model.label}")):
             if not self._is_there(entry / MANIFEST):
                 if self.config.refresh or entry.exists():
                     self.cache.discard(entry)
                 if reference is None:
-                    self._check_candidates(windows)
+                    self._check_candidates(self._all_windows or windows)
                 else:
-                    self._check_candidate(model, arguments, windows)
+                    self._check_candidate(model, arguments, self._all_windows or windows)
                     reference.verify()
+                for fewer in self._rounds(below=windows.count):
+                    smaller = self._entry_of(key, fewer)
+                    if self._is_there(smaller / MANIFEST):
+                        adopt_windows(Capture.open(smaller, fewer), self.cache.partial(entry))
                 recording = Recording(
                     engine=self.engine,
                     model=model,
@@ -192,7 +234,26 @@ class Measurement:
                     key=key,
                 )
                 recording.run(self.cache, entry, self.progress)
+        self._origins[entry] = (model, arguments)
         return Capture.open(entry, windows)
+
+    def _entry_of(self, key: dict[str, Any], windows: Windows) -> Path:
+        """Return the entry of the same capture over other windows."""
+        return self.cache.capture_entry({**key, "token_ids_sha256": windows.digest})
+
+    def _first_round(self, windows: Windows) -> Windows:
+        """Return what is captured at first, and remember what it may grow to."""
+        if not self.config.adaptive:
+            return windows
+        self._all_windows = windows
+        return windows.first(schedule(windows.count)[0].windows)
+
+    def _rounds(self, *, above: int = 0, below: int | None = None) -> list[Windows]:
+        """Return the windows of those rounds whose number lies between; none if this is no run in rounds."""
+        if self._all_windows is None:
+            return []
+        counts = [look.windows for look in schedule(self._all_windows.count)]
+        return [self._all_windows.first(n) for n in counts if above < n and (below is None or n < below)]
 
     def _check_candidates(self, windows: Windows) -> None:
         """Find what is wrong with a candidate before the reference is run, which may take hours."""

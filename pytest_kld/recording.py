@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from pytest_kld.capture import (
     write_tensors,
 )
 from pytest_kld.errors import CaptureError, ModelError
+from pytest_kld.files import atomic_path, sha256_of_file
 from pytest_kld.head import Head, HeadCheck, check_head
 
 if TYPE_CHECKING:
@@ -204,6 +206,23 @@ class Recording:
         what = f"the capture of {self.model.label} ({self.windows.count} windows, store {store})"
         free = cache.require_free(needed, what)
         progress.note(f"{what} needs {format_bytes(needed)}; {format_bytes(free)} are free")
+
+
+def adopt_windows(capture: Capture, partial: Path) -> None:
+    """Give the window files of a capture of fewer windows to one that is being made, as hard links where possible.
+
+    Files that are not what their manifest says are left out, and recorded anew.
+    """
+    for name in capture.manifest["window_files"]:
+        file, link = capture.path / name, partial / name
+        if link.exists() or sha256_of_file(file) != capture.manifest["files"][name]["sha256"]:
+            continue
+        link.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            link.hardlink_to(file)
+        except OSError:  # a file system without hard links
+            with atomic_path(link) as temporary:
+                shutil.copyfile(file, temporary)
 
 
 def require_fits(facts: ModelFacts, windows: Windows, label: str) -> None:

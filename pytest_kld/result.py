@@ -10,9 +10,10 @@ from pytest_kld.gate import band
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pytest_kld.config import Inconclusive
     from pytest_kld.gate import Verdict
 
-Outcome = Literal["passed", "failed", "error"]
+Outcome = Literal["passed", "skipped", "failed", "error"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,13 +24,17 @@ class GateResult:
         nodeid: the test's.
         reference: how the user named the reference.
         candidate: how the user named the candidate.
-        outcome: `passed`; `failed`: measured and over a limit, or the test's own assertion; `error`: not measured.
+        outcome: `passed`; `failed`: measured and over a limit, or the test's own assertion; `error`: not measured;
+            `skipped`: limits are undecided and --kld-inconclusive=skip.
         message: why, if not passed.
         xfail: whether the test is marked as expected to fail.
         body_passed: whether the test's own body passed; None if it did not run.
         figures: the `Summary` by name, of several datasets their macro average; None if not measured.
         datasets: the same of each dataset, by its name.
-        checks: each limit with `limit`, `figure`, `dataset` (None: the macro average), `value`, `bound`, `passed`.
+        intervals: by figure `low`, `high`, `confidence`, `effective_positions`; empty without --kld-confidence.
+        checks: each limit with `limit`, `figure`, `dataset` (None: the macro average), `value`, `bound`, `passed`,
+            `state` (`pass`, `fail`, `inconclusive`), `interval` and `more_windows`: how many would probably decide it.
+        undecided: what --kld-inconclusive makes of a test whose limits are undecided.
         about: what was compared and how, from the scores; None if not measured.
         seconds: how long the test took, its share of shared set-up included.
 
@@ -44,7 +49,9 @@ class GateResult:
     body_passed: bool | None = None
     figures: dict[str, Any] | None = None
     datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    intervals: dict[str, dict[str, float]] = field(default_factory=dict)
     checks: tuple[dict[str, Any], ...] = ()
+    undecided: Inconclusive = "fail"
     about: dict[str, Any] | None = None
     seconds: float = 0.0
 
@@ -52,6 +59,17 @@ class GateResult:
     def band(self) -> str | None:
         """Return the word for the mean KL, or None if not measured."""
         return None if self.figures is None else band(self.figures["mean"])
+
+    @property
+    def windows(self) -> int:
+        """Return the number of windows that were measured."""
+        return 0 if self.about is None else int(self.about["protocol"]["windows"])
+
+    @property
+    def inconclusive(self) -> bool:
+        """Whether no limit is exceeded and some are undecided."""
+        states = {check["state"] for check in self.checks}
+        return "inconclusive" in states and "fail" not in states
 
     @property
     def notes(self) -> list[str]:
@@ -80,9 +98,15 @@ class GateResult:
         """Return the figures as properties of the test case, for `--junitxml`."""
         described = {"candidate": self.candidate, "reference": self.reference, "band": self.band}
         limits = {check["limit"]: check["bound"] for check in self.checks}
+        bounds = {
+            f"{name}_{end}": interval[end]
+            for name, interval in self.intervals.items()
+            for end in ("low", "high", "effective_positions")
+        }
+        confidence = {"confidence": next((one["confidence"] for one in self.intervals.values()), None)}
         return [
             (f"kld_{name}", value)
-            for name, value in {**described, **(self.figures or {}), **limits}.items()
+            for name, value in {**described, **(self.figures or {}), **confidence, **bounds, **limits}.items()
             if value is not None
         ]
 
@@ -97,6 +121,9 @@ def checks_of(verdict: Verdict) -> tuple[dict[str, Any], ...]:
             "value": check.value,
             "bound": check.bound,
             "passed": check.passed,
+            "state": check.state,
+            "interval": None if check.interval is None else check.interval.to_json(),
+            "more_windows": check.more_windows,
         }
         for check in verdict.checks
     )
@@ -112,4 +139,6 @@ def by_candidate(results: Sequence[GateResult]) -> dict[str, list[GateResult]]:
 
 def worst(results: Sequence[GateResult]) -> GateResult:
     """Return the result that decides over a candidate: an error before a failure before an expected one or a pass."""
-    return max(results, key=lambda result: (("passed", "failed", "error").index(result.outcome), not result.xfail))
+    return max(
+        results, key=lambda result: (("passed", "skipped", "failed", "error").index(result.outcome), not result.xfail)
+    )

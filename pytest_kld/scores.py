@@ -120,6 +120,21 @@ class Scores:
         return cls(columns=columns, about=about)
 
 
+def valid_positions(scores: Scores) -> NDArray[np.bool_]:
+    """Return which positions [windows, positions] are finite on both sides."""
+    return ~_flagged(scores, _REFERENCE_NON_FINITE | _CANDIDATE_NON_FINITE)
+
+
+def labelled_positions(scores: Scores) -> NDArray[np.bool_]:
+    """Return which valid positions [windows, positions] have a next token."""
+    return valid_positions(scores) & ~_flagged(scores, _NO_LABEL)
+
+
+def _flagged(scores: Scores, bits: int) -> NDArray[np.bool_]:
+    flagged: NDArray[np.bool_] = (scores.columns["flags"] & bits) != 0
+    return flagged
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """The figures of one pair. Divergences and entropies in nats, probabilities and shares in [0, 1].
@@ -193,10 +208,8 @@ class Summary:
         """
         columns = scores.columns
         flags = columns["flags"]
-        reference_bad = (flags & _REFERENCE_NON_FINITE) != 0
-        candidate_bad = (flags & _CANDIDATE_NON_FINITE) != 0
-        valid = ~(reference_bad | candidate_bad)
-        labelled = valid & ((flags & _NO_LABEL) == 0)
+        reference_bad, candidate_bad = _flagged(scores, _REFERENCE_NON_FINITE), _flagged(scores, _CANDIDATE_NON_FINITE)
+        valid, labelled = valid_positions(scores), labelled_positions(scores)
         if not labelled.any():
             raise ScoresError(
                 f"no position that has a next token is finite on both sides: of {flags.size:,}{_left_out(scores)}, the "

@@ -72,6 +72,10 @@ class Windows:
         ids = np.ascontiguousarray(self.token_ids, dtype="<i4")
         return hashlib.sha256(f"{ids.shape}".encode() + ids.tobytes()).hexdigest()
 
+    def first(self, count: int) -> Windows:
+        """Return the first windows."""
+        return replace(self, token_ids=self.token_ids[:count], starts=self.starts[:count])
+
     def protocol(self) -> dict[str, Any]:
         """Return how the windows were made, as JSON for manifests and reports."""
         return {

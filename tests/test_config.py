@@ -29,6 +29,8 @@ GOOD: dict[str, tuple[str, Any]] = {
     "device": ("cuda:1", "cuda:1"),
     "trust_remote_code": ("true", True),
     "store": ("logits", "logits"),
+    "confidence": ("0.9", 0.9),
+    "inconclusive": ("skip", "skip"),
     "head": ("native", "native"),
     "refresh": ("true", True),
 }
@@ -43,7 +45,7 @@ SERVERS = {
 BAD = [
     ("engine", "vllm", "expected one of auto, sglang, transformers, got 'vllm'"),
     ("startup_timeout", "0", "expected a whole number of at least 1, got '0'"),
-    ("windows", "0", "expected a whole number of at least 1, got '0' (or `max`: all that the text gives)"),
+    ("windows", "0", "expected a whole number of at least 1, got '0' (or `max`: all that the text gives; or `auto`)"),
     ("windows", "many", "expected a whole number of at least 1, got 'many'"),
     ("window_size", "1", "expected a whole number of at least 2, got '1'"),
     ("stride", "-5", "expected a whole number of at least 1, got '-5'"),

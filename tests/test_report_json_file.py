@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 import pytest
 
-from pytest_kld.gate import BANDS, LIMITS
+from pytest_kld.gate import BANDS, LIMITS, judge
 from pytest_kld.report.json_file import SCHEMA_VERSION, write_json_report
-from pytest_kld.result import GateResult
+from pytest_kld.result import GateResult, checks_of
 from pytest_kld.scores import Summary
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def test_every_field_is_described_and_none_is_left_open_by_mistake() -> None:
                 open_objects.add(name)
         if "properties" in schema and schema["additionalProperties"] is False:
             assert schema["required"] == list(schema["properties"])
-    assert open_objects == {"engine", "versions", "datasets"}
+    assert open_objects == {"engine", "versions", "datasets", "intervals"}
 
 
 def test_schema_describes_every_figure_every_limit_and_every_field_of_a_result() -> None:
@@ -113,7 +113,7 @@ def test_numbers_that_json_lacks_are_strings(tmp_path: Path) -> None:
     figures = dict.fromkeys((field.name for field in fields(Summary)), 0.5) | dict.fromkeys(
         ("positions", "skipped", "reference_nan_count", "candidate_nan_count", "infinite_count"), 1
     )
-    check = {"limit": "max_max", "figure": "max", "dataset": None, "value": math.inf, "bound": 1.0, "passed": False}
+    (check,) = checks_of(judge({"max": math.inf}, {"max_max": 1.0}))
     result = GateResult(
         nodeid="n",
         reference="A",

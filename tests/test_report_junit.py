@@ -10,8 +10,9 @@ from xml.etree import ElementTree
 import pytest
 import xmlschema
 
+from pytest_kld.gate import judge
 from pytest_kld.report.junit import write_junit
-from pytest_kld.result import GateResult
+from pytest_kld.result import GateResult, checks_of
 
 if TYPE_CHECKING:
     from conftest import Gate
@@ -30,8 +31,8 @@ def result(**values: object) -> GateResult:
 
 
 def limit(name: str, figure: str, value: float, bound: float) -> dict[str, object]:
-    passed = value <= bound
-    return {"limit": name, "figure": figure, "dataset": None, "value": value, "bound": bound, "passed": passed}
+    (check,) = checks_of(judge({figure: value}, {name: bound}))
+    return check
 
 
 def test_report_has_a_suite_per_candidate_and_a_case_per_limit(

@@ -13,6 +13,7 @@ from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 
 from pytest_kld.files import write_atomically
 from pytest_kld.gate import LIMITS, Check
+from pytest_kld.interval import Interval
 from pytest_kld.result import GateResult, by_candidate
 
 if TYPE_CHECKING:
@@ -66,15 +67,29 @@ def _cases(result: GateResult) -> list[TestCase]:
 
 def _limit_case(result: GateResult, data: dict[str, Any]) -> TestCase:
     dataset = data["dataset"]
-    check = Check(limit=LIMITS[data["limit"]], value=data["value"], bound=data["bound"], dataset=dataset)
-    kind = None if check.passed else Failure
+    check = Check(
+        limit=LIMITS[data["limit"]],
+        value=data["value"],
+        bound=data["bound"],
+        dataset=dataset,
+        interval=None if data["interval"] is None else Interval(**data["interval"]),
+        windows=result.windows,
+    )
     name = f"{data['limit']}[{dataset}]" if dataset else data["limit"]
-    case = _case(result, _xml(name), kind, "limit exceeded", str(check))
-    case.system_out = f"{check}\nvalue {check.value}\nlimit {check.bound}"
+    if check.state == "inconclusive":
+        kind = {"fail": Failure, "skip": Skipped, "pass": None}[result.undecided]
+        case = _case(result, _xml(name), kind, "limit undecided", str(check))
+    else:
+        case = _case(result, _xml(name), None if check.passed else Failure, "limit exceeded", str(check))
+    interval = {} if check.interval is None else check.interval.to_json()
+    figures = {"value": check.value, "limit": check.bound, **interval}
+    case.system_out = "\n".join([str(check), *(f"{name} {figure}" for name, figure in figures.items())])
     return case
 
 
-def _case(result: GateResult, name: str, kind: type[Error | Failure] | None, category: str, message: str) -> TestCase:
+def _case(
+    result: GateResult, name: str, kind: type[Error | Failure | Skipped] | None, category: str, message: str
+) -> TestCase:
     case = TestCase(name=name, classname=_xml(result.nodeid), time=0)
     if kind is None:
         return case

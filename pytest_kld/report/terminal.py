@@ -125,6 +125,8 @@ def table(results: Sequence[GateResult]) -> list[str]:
     groups = by_candidate(results)
     rows = [row for candidate, group in groups.items() for row in _rows(candidate, group)]
     lines = [_title(results), *_aligned([columns, *rows], left=(0, 8, 9))]
+    if sure := [row for candidate, group in groups.items() for row in _interval_rows(candidate, group)]:
+        lines += ["", *_aligned([["Model", "Windows", *(heading for heading, _ in _INTERVALS)], *sure], left=(0,))]
     more = [row for candidate, group in groups.items() for row in _extended_rows(candidate, group)]
     if more:
         lines += ["", *_aligned([["Model", *(heading for heading, _, _ in _EXTENDED)], *more], left=(0,))]
@@ -142,6 +144,14 @@ _EXTENDED = (
     ("Entropy", "entropy_difference", "+.6f"),
 )
 """Heading, figure and format of the columns of the second table."""
+
+
+_INTERVALS = (
+    ("Mean KLD interval", "mean"),
+    ("P99 KLD interval", "p99"),
+    ("Top-1 interval", "top1_agreement"),
+)
+"""Heading and figure of the columns of the table of intervals."""
 
 
 def _title(results: Sequence[GateResult]) -> str:
@@ -176,7 +186,8 @@ def notes(results: Sequence[GateResult]) -> list[str]:
 def _verdict(result: GateResult) -> str:
     if result.xfail and result.outcome == "failed":
         return "xfail"
-    return {"passed": "pass", "failed": "FAIL", "error": "ERROR"}[result.outcome]
+    word = {"passed": "pass", "skipped": "skip", "failed": "FAIL", "error": "ERROR"}[result.outcome]
+    return f"{word} (inconclusive)" if result.inconclusive else word
 
 
 def _rows(candidate: str, group: Sequence[GateResult]) -> list[list[str]]:
@@ -190,6 +201,17 @@ def _rows(candidate: str, group: Sequence[GateResult]) -> list[list[str]]:
             [f"  {name}", *_cells(figures), "", band(figures["mean"])] for name, figures in result.datasets.items()
         ]
     return rows
+
+
+def _interval_rows(candidate: str, group: Sequence[GateResult]) -> list[list[str]]:
+    """Return a row for each test, as each may have gone on to another number of windows."""
+    rows = [[f"{result.windows:,}", *_interval_cells(result)] for result in group if result.intervals]
+    return [[candidate, *row] for index, row in enumerate(rows) if row not in rows[:index]]
+
+
+def _interval_cells(result: GateResult) -> list[str]:
+    known = [result.intervals[name] for _, name in _INTERVALS]
+    return [f"[{interval['low']:.6f}, {interval['high']:.6f}]" for interval in known]
 
 
 def _cells(figures: dict[str, Any]) -> list[str]:

@@ -1,0 +1,187 @@
+"""Do the intervals hold what they promise? Simulated texts whose true figures are known, scored as the protocol does.
+
+    python benchmarks/coverage.py [--repetitions 2000] [--windows 100 12 6] [--ratios 0.5 1 2] [--seed 0]
+
+A token's log KL has three parts: one that changes slowly along the text, one of the token, and one of the token in the
+context of one window. KL is log-normal with σ = 1.49: P99 is 11 times the mean (15 times in published figures of a
+large model in 4 bits). Windows have 2,048 tokens and stride 512: a token is scored up to four times.
+
+Prints how often 95 % intervals hold the truth, on which side they miss, and how often those do that take positions
+for independent; then how often a gate that may stop after every round decides wrongly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pytest_kld.gate import LIMITS, judge
+from pytest_kld.rounds import schedule
+from pytest_kld.scores import COLUMNS, Scores, Summary
+from pytest_kld.uncertainty import intervals
+
+SIZE, STRIDE = 2048, 512
+SLOW, TOKEN, CONTEXT = 0.6, 1.1, 0.8
+"""Standard deviations of the three parts of a token's log KL."""
+CORRELATION = 0.98
+"""Of the slow part from one token to the next: a correlation length of 50 tokens."""
+SIGMA = math.sqrt(SLOW**2 + TOKEN**2 + CONTEXT**2)
+AGREE = 0.9
+"""True top-1 agreement."""
+DRIFT = 0.01
+"""True mean of the candidate's NLL over the reference's."""
+CONFIDENCE = 0.95
+NORMAL = NormalDist()
+
+
+def simulate(rng: np.random.Generator, windows: int, mean: float = 0.05) -> Scores:
+    """Draw a text and score it: `windows` windows with a true mean KL of `mean`."""
+    tokens = (windows - 1) * STRIDE + SIZE
+    source = (np.arange(windows) * STRIDE)[:, None] + np.arange(SIZE)
+    latent = (SLOW * _slow(rng, tokens) + TOKEN * rng.standard_normal(tokens))[source]
+    latent += CONTEXT * rng.standard_normal(source.shape)
+    kl = mean * np.exp(latent - SIGMA**2 / 2)
+    surprise = 0.8 * rng.standard_normal(tokens)[source] + 0.6 * rng.standard_normal(source.shape)
+    columns = {name: np.zeros(source.shape, dtype) for name, dtype in COLUMNS.items()}
+    columns["kl"] = kl
+    columns["reference_nll"] += 3.0
+    columns["candidate_nll"] = 3.0 + DRIFT + np.sqrt(kl) * surprise
+    columns["candidate_argmax"] = (latent > SIGMA * NORMAL.inv_cdf(AGREE)).astype(np.int32)
+    columns["flags"][:, -1] = 4
+    return Scores(columns=columns, about={"protocol": {"windows": windows, "window_size": SIZE, "stride": STRIDE}})
+
+
+def _slow(rng: np.random.Generator, tokens: int) -> NDArray[np.float64]:
+    """Draw a first-order autoregression with variance 1: noise through its impulse response."""
+    memory = math.ceil(math.log(1e-4) / math.log(CORRELATION))
+    response = CORRELATION ** np.arange(memory) * math.sqrt(1 - CORRELATION**2)
+    length = 1 << (tokens + 2 * memory).bit_length()
+    noise = rng.standard_normal(tokens + memory)
+    filtered = np.fft.irfft(np.fft.rfft(noise, length) * np.fft.rfft(response, length), length)
+    return filtered[memory : memory + tokens]
+
+
+def truth(mean: float = 0.05) -> dict[str, float]:
+    """Return the true figures."""
+    median = mean * math.exp(-(SIGMA**2) / 2)
+    levels = {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p999": 0.999}
+    quantiles = {name: median * math.exp(SIGMA * NORMAL.inv_cdf(level)) for name, level in levels.items()}
+    return {"mean": mean, **quantiles, "top1_agreement": AGREE, "log_ppl_ratio": DRIFT}
+
+
+def naive_intervals(scores: Scores) -> dict[str, tuple[float, float]]:
+    """Return 95 % intervals that take every position for an independent one."""
+    z = NORMAL.inv_cdf(0.5 + CONFIDENCE / 2)
+    columns, found = scores.columns, {}
+    kl = np.sort(columns["kl"].ravel())
+    n = kl.size
+    for name, level in {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p999": 0.999}.items():
+        half = z * math.sqrt(level * (1 - level) / n)
+        found[name] = (float(kl[math.floor((level - half) * n)]), float(kl[math.ceil((level + half) * n)]))
+    means = {
+        "mean": kl,
+        "top1_agreement": columns["reference_argmax"] == columns["candidate_argmax"],
+        "log_ppl_ratio": (columns["candidate_nll"] - columns["reference_nll"])[:, :-1],
+    }
+    for name, values in means.items():
+        half = z * float(values.std()) / math.sqrt(values.size)
+        found[name] = (float(values.mean()) - half, float(values.mean()) + half)
+    return found
+
+
+def coverage(repetitions: int, windows: int, seed: int) -> dict[str, dict[str, float]]:
+    """Return, for each figure, the share of texts whose interval is all below, holds, or is all above the truth.
+
+    Returns:
+        figure → `covered`, `below`, `above`, `naive` (shares), `effective` (positions, on average).
+
+    """
+    rng = np.random.default_rng(seed)
+    true = truth()
+    counts = {name: dict.fromkeys(("covered", "below", "above", "naive", "effective"), 0.0) for name in true}
+    for _ in range(repetitions):
+        scores = simulate(rng, windows)
+        ours, naive = intervals(scores, CONFIDENCE), naive_intervals(scores)
+        for name, value in true.items():
+            interval, count = ours[name], counts[name]
+            count["below"] += (interval.high < value) / repetitions
+            count["above"] += (interval.low > value) / repetitions
+            count["covered"] += (interval.low <= value <= interval.high) / repetitions
+            count["naive"] += (naive[name][0] <= value <= naive[name][1]) / repetitions
+            count["effective"] += interval.effective_positions / repetitions
+    return counts
+
+
+def stopping(
+    repetitions: int, most: int, ratio: float, seed: int, *, spending: bool = True, bounds: Mapping[str, float] = {}
+) -> dict[str, float]:
+    """Gate texts whose true mean KL is `ratio` times the limit, in rounds, until the limit is decided.
+
+    Args:
+        repetitions: texts.
+        most: windows at most.
+        ratio: of the truth to the limit.
+        seed: of the generator.
+        spending: whether the rounds share the error; without it each takes all of it, which is what is wrong.
+        bounds: limits; by default the mean at 0.05.
+
+    Returns:
+        Shares `pass`, `fail` and `inconclusive`, and the number of `windows` used on average.
+
+    """
+    rng = np.random.default_rng(seed)
+    limits = dict(bounds) or {"max_mean": 0.05}
+    outcome = {"pass": 0.0, "fail": 0.0, "inconclusive": 0.0, "windows": 0.0}
+    for _ in range(repetitions):
+        text = simulate(rng, most, 0.05 * ratio)
+        for look in schedule(most):
+            scores = first_windows(text, look.windows)
+            spend = look.spend if spending else 1.0
+            known = intervals(scores, CONFIDENCE, spend=spend, names={LIMITS[name].figure for name in limits})
+            verdict = judge(Summary.of(scores).to_json(), limits, known)
+            if verdict.decided:
+                break
+        outcome[verdict.state] += 1 / repetitions
+        outcome["windows"] += look.windows / repetitions
+    return outcome
+
+
+def first_windows(scores: Scores, windows: int) -> Scores:
+    """Return the scores of the first windows."""
+    return Scores(columns={name: column[:windows] for name, column in scores.columns.items()}, about=scores.about)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repetitions", type=int, default=2000)
+    parser.add_argument("--windows", type=int, nargs="*", default=[100, 12, 6])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ratios", type=float, nargs="*", default=[0.5, 0.8, 0.9, 1.0, 1.1, 1.25, 2.0])
+    arguments = parser.parse_args()
+    error = 2 * math.sqrt(0.95 * 0.05 / arguments.repetitions)
+    for windows in arguments.windows:
+        print(f"\n95 % intervals, {windows} windows, {arguments.repetitions:,} texts (± {error:.1%})")
+        print(f"{'figure':16} {'covered':>8} {'below':>8} {'above':>8} {'naive':>8} {'effective positions':>20}")
+        for name, row in coverage(arguments.repetitions, windows, arguments.seed).items():
+            shares = " ".join(f"{row[key]:8.1%}" for key in ("covered", "below", "above", "naive"))
+            print(f"{name:16} {shares} {row['effective']:20,.0f}", flush=True)
+    print(f"\nmax_mean in rounds, at most 100 windows, {arguments.repetitions:,} texts for each row")
+    print(f"{'truth / limit':>13} {'rounds':>14} {'pass':>8} {'fail':>8} {'inconclusive':>13} {'windows':>8}")
+    for ratio in arguments.ratios:
+        for spending in (True, False) if ratio == 1 else (True,):
+            row = stopping(arguments.repetitions, 100, ratio, arguments.seed, spending=spending)
+            words = "share error" if spending else "each spend all"
+            print(
+                f"{ratio:13} {words:>14} {row['pass']:8.1%} {row['fail']:8.1%} {row['inconclusive']:13.1%} "
+                f"{row['windows']:8.1f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
