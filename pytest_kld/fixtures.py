@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pytest_kld.engines.sglang_servers import ServerHandle
     from pytest_kld.measurement import Measurement
     from pytest_kld.scores import Scores
+    from pytest_kld.tokens import Tokens
     from pytest_kld.windows import Windows
 
 
@@ -51,6 +52,7 @@ class KLD:
         scores: the table per position, without the positions that `--kld-skip-first` leaves out.
         datasets: every figure of each dataset, by its name.
         summary: every figure; of several datasets, their macro average.
+        diagnosis: where the candidate departs from the reference, see `diagnosis.Diagnosis`.
 
     """
 
@@ -62,13 +64,15 @@ class KLD:
         bounds: Mapping[str, float],
         scores: Scores,
         each_dataset: bool = False,
+        tokens: Tokens | None = None,
     ) -> None:
-        """Draw the figures from the scores.
+        """Draw the figures from the scores. The tokenizer's `tokens` give the diagnosis its texts.
 
         Raises:
             ScoresError: there is nothing to draw them from, or a figure that has a limit is missing.
 
         """
+        from pytest_kld.diagnosis import diagnose
         from pytest_kld.scores import Summary
 
         self.reference = reference
@@ -79,6 +83,7 @@ class KLD:
         self.datasets = {name: Summary.of(table) for name, table in scores.by_dataset().items()}
         summaries = list(self.datasets.values())
         self.summary = Summary.macro_average(summaries) if len(summaries) > 1 else summaries[0]
+        self.diagnosis = diagnose(scores, tokens)
         self.verdict()  # a limit that cannot be checked is an error before the test's body, not a failure after it
 
     def __repr__(self) -> str:
@@ -360,6 +365,7 @@ def kld(
             bounds=bounds_of(request.node, kld_config),
             scores=_scores(request, _kld_measurement, kld_windows, kld_reference, kld_candidate),
             each_dataset=kld_config.each_dataset,
+            tokens=_kld_measurement.tokens,
         )
 
 

@@ -31,6 +31,7 @@ class GateResult:
         datasets: the same of each dataset, by its name.
         checks: each limit with `limit`, `figure`, `dataset` (None: the macro average), `value`, `bound`, `passed`.
         about: what was compared and how, from the scores; None if not measured.
+        diagnosis: where the candidate departs from the reference, see `diagnosis.Diagnosis`; None if not measured.
         seconds: how long the test took, its share of shared set-up included.
 
     """
@@ -46,6 +47,7 @@ class GateResult:
     datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
     checks: tuple[dict[str, Any], ...] = ()
     about: dict[str, Any] | None = None
+    diagnosis: dict[str, Any] | None = None
     seconds: float = 0.0
 
     @property
