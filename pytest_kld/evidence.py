@@ -28,7 +28,7 @@ TOP = 5
 """How many of them."""
 _KEPT = 128
 """Tokens kept of each end of the two orders, by contribution and by shift."""
-_LEAST_SAMPLED, _MOST_SAMPLED, _SAMPLED_SHARE = 256, 2048, 32
+_LEAST_SAMPLED, _MOST_SAMPLED, _SAMPLED_SHARE = 128, 2048, 32
 """Rows in the sample: a 32nd of all positions within these bounds, so that it costs a few per cent of a comparison."""
 _BLOCK_ELEMENTS = 1 << 20
 """Logits per side that are looked at together on a CPU: what stays in its caches."""

@@ -18,10 +18,10 @@ from pytest_kld.report.terminal import TerminalProgress
 
 if TYPE_CHECKING:
     from pytest_kld.capture import Capture
+    from pytest_kld.diagnosis import Diagnosis
     from pytest_kld.engines.sglang_servers import ServerHandle
     from pytest_kld.measurement import Measurement
     from pytest_kld.scores import Scores
-    from pytest_kld.tokens import Tokens
     from pytest_kld.windows import Windows
 
 
@@ -64,15 +64,13 @@ class KLD:
         bounds: Mapping[str, float],
         scores: Scores,
         each_dataset: bool = False,
-        tokens: Tokens | None = None,
     ) -> None:
-        """Draw the figures from the scores. The tokenizer's `tokens` give the diagnosis its texts.
+        """Draw the figures from the scores.
 
         Raises:
             ScoresError: there is nothing to draw them from, or a figure that has a limit is missing.
 
         """
-        from pytest_kld.diagnosis import diagnose
         from pytest_kld.scores import Summary
 
         self.reference = reference
@@ -83,7 +81,7 @@ class KLD:
         self.datasets = {name: Summary.of(table) for name, table in scores.by_dataset().items()}
         summaries = list(self.datasets.values())
         self.summary = Summary.macro_average(summaries) if len(summaries) > 1 else summaries[0]
-        self.diagnosis = diagnose(scores, tokens)
+        self.diagnosis: Diagnosis | None = None
         self.verdict()  # a limit that cannot be checked is an error before the test's body, not a failure after it
 
     def __repr__(self) -> str:
@@ -353,20 +351,23 @@ def kld(
     _kld_arguments: EngineArguments,
 ) -> KLD:
     """The figures of the candidate. Limits of marker, command line and ini are checked after the test's body."""
+    from pytest_kld.diagnosis import diagnose
+
     with _measuring():
         if isinstance(kld_candidate, str):
             raise ModelError(f"kld_candidate is {kld_candidate!r}, a name: parametrize it with indirect=True")
         _require_used(request, _kld_arguments)
         # Scores are no session fixture: a directory may override what they are made of, and pytest would go on with
         # the scores of the directory before.
-        return KLD(
+        figures = KLD(
             reference=reference_label(kld_config),
             candidate=candidate_label(request.node),
             bounds=bounds_of(request.node, kld_config),
             scores=_scores(request, _kld_measurement, kld_windows, kld_reference, kld_candidate),
             each_dataset=kld_config.each_dataset,
-            tokens=_kld_measurement.tokens,
         )
+        figures.diagnosis = diagnose(figures.scores, _kld_measurement.tokens)
+        return figures
 
 
 def _scores(

@@ -86,7 +86,7 @@ def _result(item: pytest.Item, report: pytest.TestReport, kld: KLD | None) -> Ga
         datasets={name: summary.to_json() for name, summary in kld.datasets.items()} if kld else {},
         checks=checks_of(verdict) if verdict else (),
         about=kld.scores.about if kld else None,
-        diagnosis=dict(kld.diagnosis) if kld else None,
+        diagnosis=dict(kld.diagnosis) if kld and kld.diagnosis else None,
         seconds=item.stash.get(_SETUP_SECONDS, 0.0) + (report.duration if called else 0.0),
     )
 

@@ -27,7 +27,9 @@ def sides(reference_dir: Path, candidate_dir: Path, windows: Windows) -> list[to
 
 
 @pytest.fixture
-def scores(tmp_path: Path, windows: Windows, sides: list[torch.Tensor]) -> Scores:
+def scores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, windows: Windows, sides: list[torch.Tensor]) -> Scores:
+    """Scores with every position in the sample."""
+    monkeypatch.setattr(evidence, "_LEAST_SAMPLED", windows.token_ids.size)
     return scores_of(tmp_path, windows, *sides)
 
 
@@ -52,7 +54,7 @@ def test_the_worst_rows_are_kept_once_per_place_in_the_text(
 def test_figures_of_the_vocabulary_match_float64(scores: Scores, sides: list[torch.Tensor]) -> None:
     log_p, log_q = (log_softmax(side.double().numpy().reshape(-1, side.shape[-1]), axis=1) for side in sides)
     stored = scores.evidence
-    assert len(stored["sampled"]) == len(log_p)  # so few positions are all in the sample
+    assert len(stored["sampled"]) == len(log_p)
     contribution = (np.exp(log_p) * (log_p - log_q)).mean(0)
     difference = log_q - log_p
     difference -= difference.mean(1, keepdims=True)
