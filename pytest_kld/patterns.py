@@ -46,8 +46,8 @@ PATTERNS = {
     "order, or its tokenizer numbers tokens in another way.",
     "wrong-scale": "The candidate's distribution is the reference's at another temperature. A scale on the logits is "
     "missing or doubled: a logit scale, a soft cap, a norm before the head, a scale of the head's weights.",
-    "uniform-noise": "The loss is spread evenly over text, positions and tokens: nothing in particular is broken, the "
-    "whole model is too coarse. A finer format, smaller groups, or calibration would help.",
+    "uniform-noise": "The loss is spread evenly over the text and over the window: nothing in particular is broken, "
+    "the whole model is too coarse. A finer format, smaller groups, or calibration would help.",
 }
 """The patterns by name, with what each usually means."""
 
