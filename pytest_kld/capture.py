@@ -29,7 +29,7 @@ from pytest_kld.files import atomic_path, sha256_of_file, sha256_of_json, write_
 from pytest_kld.head import Head, HeadCheck, check_head
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from pytest_kld.config import HeadMode
     from pytest_kld.windows import Windows
@@ -313,11 +313,19 @@ class LogitsReader:
             CaptureError: the window holds fewer rows, or columns, than it should.
 
         """
-        rows = self.capture.rows(window, start, stop).to(self.device)
-        logits = rows if self.head is None else self.head.logits(rows, self.mode)
+        logits = self._from_rows(self.capture.rows(window, start, stop))
         if logits.shape != (stop - start, self.capture.vocab_size):
             raise CaptureError(
                 f"window {window} of {self.capture.path}: rows {start} to {stop} have shape {tuple(logits.shape)}, "
                 f"expected {(stop - start, self.capture.vocab_size)}"
             )
         return logits
+
+    def logits_at(self, positions: Sequence[tuple[int, int]]) -> Tensor:
+        """Return logits (or log-probs) [n, V] of single rows, each given by window and position, on the device."""
+        rows = [self.capture.rows(window, position, position + 1) for window, position in positions]
+        return self._from_rows(torch.cat(rows))
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        rows = rows.to(self.device)
+        return rows if self.head is None else self.head.logits(rows, self.mode)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from pytest_kld import __version__
 from pytest_kld.capture import LogitsReader
 from pytest_kld.divergence import Divergence, Reduction, compiled_reduction, divergence, eager_reduction
 from pytest_kld.errors import CaptureError
+from pytest_kld.evidence import gather_evidence
 from pytest_kld.extended import Extended, extended_divergence
 from pytest_kld.scores import COLUMNS, EXTENDED_COLUMNS, SCHEMA, Scores
 
@@ -83,7 +84,8 @@ def compare(
                 if extended:
                     _keep(extended_divergence(logits_r, logits_c), columns, window, start)
             task.advance()
-    return Scores(columns=columns, about=_about(reference, candidate, windows, head, device, kernel, vocab_size))
+    scores = Scores(columns=columns, about=_about(reference, candidate, windows, head, device, kernel, vocab_size))
+    return replace(scores, evidence=gather_evidence(scores, readers, windows.starts))
 
 
 def _keep(figures: Divergence | Extended, columns: dict[str, NDArray[Any]], window: int, start: int) -> None:

@@ -18,6 +18,7 @@ from pytest_kld.report.terminal import TerminalProgress
 
 if TYPE_CHECKING:
     from pytest_kld.capture import Capture
+    from pytest_kld.diagnosis import Diagnosis
     from pytest_kld.engines.sglang_servers import ServerHandle
     from pytest_kld.interval import Interval
     from pytest_kld.measurement import Measurement
@@ -53,6 +54,7 @@ class KLD:
         datasets: every figure of each dataset, by its name.
         summary: every figure; of several datasets, their macro average.
         intervals: a confidence interval of each figure that has one; empty without --kld-confidence.
+        diagnosis: where the candidate departs from the reference, see `diagnosis.Diagnosis`.
 
     """
 
@@ -87,6 +89,7 @@ class KLD:
         self._dataset_intervals: dict[str, dict[str, Interval]] = {}
         if confidence is not None:
             self._find_intervals(confidence, spend)
+        self.diagnosis: Diagnosis | None = None
         self.verdict()  # a limit that cannot be checked is an error before the test's body, not a failure after it
 
     def __repr__(self) -> str:
@@ -366,6 +369,8 @@ def kld(
     _kld_arguments: EngineArguments,
 ) -> KLD:
     """The figures of the candidate. Limits of marker, command line and ini are checked after the test's body."""
+    from pytest_kld.diagnosis import diagnose
+
     with _measuring():
         if isinstance(kld_candidate, str):
             raise ModelError(f"kld_candidate is {kld_candidate!r}, a name: parametrize it with indirect=True")
@@ -373,7 +378,7 @@ def kld(
         # Scores are no session fixture: a directory may override what they are made of, and pytest would go on with
         # the scores of the directory before.
         scores, spend = _scores(request, _kld_measurement, kld_windows, kld_reference, kld_candidate)
-        return KLD(
+        figures = KLD(
             reference=reference_label(kld_config),
             candidate=candidate_label(request.node),
             bounds=bounds_of(request.node, kld_config),
@@ -382,6 +387,8 @@ def kld(
             confidence=kld_config.confidence,
             spend=spend,
         )
+        figures.diagnosis = diagnose(figures.scores, _kld_measurement.tokens)
+        return figures
 
 
 def _scores(

@@ -11,6 +11,7 @@ from pytest_kld.errors import CacheError
 from pytest_kld.fixtures import KLD, candidate_label, reference_label
 from pytest_kld.gate import Verdict
 from pytest_kld.report import terminal
+from pytest_kld.report.diagnosis import diagnosis_lines
 from pytest_kld.result import GateResult, Outcome, checks_of
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ def attach_result(item: pytest.Item, report: pytest.TestReport) -> None:
     report.kld = result.to_json()  # type: ignore[attr-defined]
     if kld is not None and result.body_passed is False and not (verdict := kld.verdict()).passed:
         report.sections.append(("kld", explain(kld, verdict)))
+    if result.outcome == "failed" and result.diagnosis:
+        report.sections.append(("kld diagnosis", "\n".join(diagnosis_lines(result.diagnosis))))
 
 
 def _result(item: pytest.Item, report: pytest.TestReport, kld: KLD | None) -> GateResult:
@@ -97,6 +100,7 @@ def _result(item: pytest.Item, report: pytest.TestReport, kld: KLD | None) -> Ga
         checks=checks_of(verdict) if verdict else (),
         undecided=config.inconclusive,
         about=kld.scores.about if kld else None,
+        diagnosis=dict(kld.diagnosis) if kld and kld.diagnosis else None,
         seconds=item.stash.get(_SETUP_SECONDS, 0.0) + (report.duration if called else 0.0),
     )
 

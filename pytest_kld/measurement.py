@@ -17,6 +17,7 @@ from pytest_kld.models import ModelSpec, is_capture
 from pytest_kld.recording import Recording, adopt_windows, require_fits
 from pytest_kld.rounds import schedule
 from pytest_kld.scores import Scores
+from pytest_kld.tokens import Tokens
 from pytest_kld.windows import Windows, chat_renderer, check_same_tokens, cut_windows, join_windows, load_tokenizer
 
 if TYPE_CHECKING:
@@ -69,6 +70,14 @@ class Measurement:
     def tokenizer(self) -> Any:
         """The tokenizer that cuts the text."""
         return load_tokenizer(self.tokenizer_model, trust_remote_code=self.config.trust_remote_code)
+
+    @cached_property
+    def tokens(self) -> Tokens | None:
+        """What the tokenizer says about ids; None where a project's own windows do without one."""
+        try:
+            return Tokens.of(self.tokenizer)
+        except ModelError:
+            return None
 
     def windows(self) -> Windows:
         """Load each dataset and cut it, once every model that is named is known to be there."""

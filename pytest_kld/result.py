@@ -36,6 +36,7 @@ class GateResult:
             `state` (`pass`, `fail`, `inconclusive`), `interval` and `more_windows`: how many would probably decide it.
         undecided: what --kld-inconclusive makes of a test whose limits are undecided.
         about: what was compared and how, from the scores; None if not measured.
+        diagnosis: where the candidate departs from the reference, see `diagnosis.Diagnosis`; None if not measured.
         seconds: how long the test took, its share of shared set-up included.
 
     """
@@ -53,6 +54,7 @@ class GateResult:
     checks: tuple[dict[str, Any], ...] = ()
     undecided: Inconclusive = "fail"
     about: dict[str, Any] | None = None
+    diagnosis: dict[str, Any] | None = None
     seconds: float = 0.0
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the scores file; it is part of the cache key."""
 
 COLUMNS = {
@@ -45,6 +45,8 @@ EXTENDED_COLUMNS = ("reverse_kl", "js", "tv", "top5_overlap", "entropy_differenc
 CONFIDENT = 0.5
 """A position counts for flips where the reference gives its most probable token more than this: a majority."""
 
+_EVIDENCE = "evidence."
+"""Prefix of the evidence's arrays in the file."""
 _COUNTS = ("positions", "skipped", "reference_nan_count", "candidate_nan_count", "infinite_count")
 _REFERENCE_NON_FINITE, _CANDIDATE_NON_FINITE, _NO_LABEL = 1, 2, 4  # as in divergence.py, which needs torch
 
@@ -57,11 +59,13 @@ class Scores:
         columns: the arrays named in `COLUMNS`, and those in `EXTENDED_COLUMNS` if they were computed; each
             [windows, positions].
         about: what was compared and how: both captures, protocol, head, versions. Plain JSON.
+        evidence: further arrays for a diagnosis, see `evidence.gather_evidence`; empty where none were taken.
 
     """
 
     columns: dict[str, NDArray[Any]]
     about: dict[str, Any]
+    evidence: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     @property
     def extended(self) -> bool:
@@ -76,7 +80,7 @@ class Scores:
     def without_first(self, positions: int) -> Scores:
         """Leave out the first positions of each window, which have fewer tokens than that before them."""
         columns = {name: column[:, positions:] for name, column in self.columns.items()}
-        return Scores(columns=columns, about={**self.about, "skip_first": self.skipped + positions})
+        return replace(self, columns=columns, about={**self.about, "skip_first": self.skipped + positions})
 
     def by_dataset(self) -> dict[str, Scores]:
         """Take a table of several datasets apart; one of a single dataset stays whole."""
@@ -93,9 +97,9 @@ class Scores:
         metadata = {
             "schema": str(SCHEMA),
             "about": json.dumps(self.about, sort_keys=True),
-            "sha256": _digest(self.columns, self.about),
+            "sha256": _digest(self._arrays(), self.about),
         }
-        contents = save({name: np.ascontiguousarray(column) for name, column in self.columns.items()}, metadata)
+        contents = save({name: np.ascontiguousarray(array) for name, array in self._arrays().items()}, metadata)
         write_atomically(path, contents)
 
     @classmethod
@@ -111,13 +115,18 @@ class Scores:
                 metadata = file.metadata() or {}
                 extended = EXTENDED_COLUMNS if EXTENDED_COLUMNS[0] in file.keys() else ()  # noqa: SIM118 (no mapping)
                 columns = {name: file.get_tensor(name) for name in (*COLUMNS, *extended)}
-            about = json.loads(metadata["about"])
-            intact = metadata["schema"] == str(SCHEMA) and metadata["sha256"] == _digest(columns, about)
+                kept = [name for name in file.keys() if name.startswith(_EVIDENCE)]  # noqa: SIM118 (no mapping)
+                evidence = {name.removeprefix(_EVIDENCE): file.get_tensor(name) for name in kept}
+            scores = cls(columns=columns, about=json.loads(metadata["about"]), evidence=evidence)
+            intact = metadata["schema"] == str(SCHEMA) and metadata["sha256"] == _digest(scores._arrays(), scores.about)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ScoresError(_corrupt(path)) from error
         if not intact:
             raise ScoresError(_corrupt(path))
-        return cls(columns=columns, about=about)
+        return scores
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        return {**self.columns, **{_EVIDENCE + name: array for name, array in self.evidence.items()}}
 
 
 def valid_positions(scores: Scores) -> NDArray[np.bool_]:
@@ -256,14 +265,14 @@ class Summary:
         where one of them has none.
         """
         figures: dict[str, Any] = {}
-        for field in fields(cls):
-            values = [getattr(summary, field.name) for summary in summaries]
-            if field.name in _COUNTS:
-                figures[field.name] = sum(values)
-            elif field.name == "max":
-                figures[field.name] = max(values)
+        for one in fields(cls):
+            values = [getattr(summary, one.name) for summary in summaries]
+            if one.name in _COUNTS:
+                figures[one.name] = sum(values)
+            elif one.name == "max":
+                figures[one.name] = max(values)
             else:
-                figures[field.name] = None if None in values else float(np.mean(values))
+                figures[one.name] = None if None in values else float(np.mean(values))
         return cls(**figures)
 
     def to_json(self) -> dict[str, Any]:
@@ -296,11 +305,11 @@ def _exp(x: float) -> float:
     return math.inf if x > 709 else math.exp(x)
 
 
-def _digest(columns: dict[str, NDArray[Any]], about: dict[str, Any]) -> str:
+def _digest(arrays: dict[str, NDArray[Any]], about: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for name, column in sorted(columns.items()):
-        digest.update(f"{name}{column.dtype}{column.shape}".encode())
-        digest.update(np.ascontiguousarray(column).tobytes())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name}{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 
 

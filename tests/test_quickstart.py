@@ -23,6 +23,8 @@ def test_int8_and_fp8_pass_and_nvfp4_fails(quickstart: tuple[Path, str]) -> None
     means = [result["figures"]["mean"] for result in results]
     assert [result["outcome"] for result in results] == ["passed", "passed", "failed"]
     assert 0.001 < means[0] < 0.005 < means[1] < 0.05 < means[2]
+    patterns = [[pattern["name"] for pattern in result["diagnosis"]["patterns"]] for result in results]
+    assert patterns == [[], [], ["uniform-noise"]]
     assert (directory / "report.xml").is_file()
 
 
