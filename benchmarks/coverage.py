@@ -143,12 +143,12 @@ def stopping(
             scores = first_windows(text, look.windows)
             spend = look.spend if spending else 1.0
             known = intervals(scores, CONFIDENCE, spend=spend, names={LIMITS[name].figure for name in limits})
-            verdict = judge(Summary.of(scores).to_json(), limits, known)
+            verdict = judge(Summary.of(scores).to_json(), limits, intervals=known)
             if verdict.decided:
                 break
-        outcome[verdict.state] += 1 / repetitions
-        outcome["windows"] += look.windows / repetitions
-    return outcome
+        outcome[verdict.state] += 1
+        outcome["windows"] += look.windows
+    return {name: total / repetitions for name, total in outcome.items()}
 
 
 def first_windows(scores: Scores, windows: int) -> Scores:

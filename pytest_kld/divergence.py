@@ -206,7 +206,7 @@ def _row_max(z: Tensor) -> tuple[Tensor, Tensor]:
     """
     vocab_size = z.shape[1]
     whole = vocab_size // _TILE_COLUMNS * _TILE_COLUMNS
-    tiles = z[:, :whole].unflatten(1, (-1, _TILE_COLUMNS)).amax(-1)
+    tiles = z[:, :whole].reshape(len(z), whole // _TILE_COLUMNS, _TILE_COLUMNS).amax(-1)
     if whole < vocab_size:
         tiles = torch.cat([tiles, z[:, whole:].amax(-1, keepdim=True)], -1)
     values, tile = tiles.max(-1)

@@ -102,7 +102,7 @@ class KLD:
 
     def verdict(self) -> Verdict:
         """Hold the figures against the limits."""
-        windows = int(self.scores.about["protocol"]["windows"])
+        windows = len(self.scores.columns["flags"])
         checks = judge(self.summary.to_json(), self.bounds, intervals=self.intervals, windows=windows).checks
         if self.each_dataset and len(self.datasets) > 1:
             for name, summary in self.datasets.items():

@@ -14,13 +14,19 @@ if TYPE_CHECKING:
 
 COUNT_RUNS = """
     import os
+    import pytest
     from pytest_kld.recording import Recording
-    record = Recording.run
-    def run(self, *args):
-        with open(os.environ["RUNS"], "a") as file:
-            file.write(f"{self.model.label}\\n")
-        return record(self, *args)
-    Recording.run = run
+
+    @pytest.fixture(scope="session", autouse=True)
+    def count_runs():
+        record = Recording.run
+        def run(self, *args):
+            with open(os.environ["RUNS"], "a") as file:
+                file.write(f"{self.model.label}\\n")
+            return record(self, *args)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Recording, "run", run)
+            yield
 """
 """A conftest that notes each capture that is made, in whatever process."""
 
