@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -186,7 +187,7 @@ class Measurement:
                 saved = Scores.load(path)
                 if saved.extended or not extended:
                     # The token ids are the same, but their datasets may be called otherwise by now.
-                    return Scores(columns=saved.columns, about={**saved.about, "protocol": windows.protocol()})
+                    return replace(saved, about={**saved.about, "protocol": windows.protocol()})
             reference.verify()
             candidate.verify()
             self.engine.close()  # a comparison wants the memory that a server holds
@@ -209,6 +210,8 @@ class Measurement:
         if model.path is not None and is_capture(model.path):
             return Capture.open(model.path, self._all_windows or windows)
         model = model.pin()
+        if reference is not None:
+            self._check_tokens(model, self._all_windows or windows)
         key = {
             "schema": SCHEMA,
             "model": model.identity(),
@@ -228,7 +231,7 @@ class Measurement:
                 if reference is None:
                     self._check_candidates(self._all_windows or windows)
                 else:
-                    self._check_candidate(model, arguments, self._all_windows or windows)
+                    require_fits(self.engine.facts(model, arguments), windows, model.label)
                     reference.verify()
                 for fewer in self._rounds(below=windows.count):
                     smaller = self._entry_of(key, fewer)
@@ -272,8 +275,12 @@ class Measurement:
 
     def _check_candidate(self, model: ModelSpec, arguments: Mapping[str, Any], windows: Windows) -> None:
         require_fits(self.engine.facts(model, arguments), windows, model.label)
+        self._check_tokens(model, windows)
+
+    def _check_tokens(self, model: ModelSpec, windows: Windows) -> None:
+        """Refuse a candidate to which the ids mean something else, unless a tokenizer was named for both sides."""
         if self.config.tokenizer is not None:
-            return  # named for both sides
+            return
         try:
             theirs = load_tokenizer(model, trust_remote_code=self.config.trust_remote_code)
         except ModelError:
