@@ -365,6 +365,7 @@ OPTIONS: tuple[Option, ...] = (
         parse=_report,
         help="Write a JSON report: figures, protocol, versions, keys.",
     ),
+    Option(name="html", metavar="FILE", parse=_report, help="Write an HTML report: one file with charts and tables."),
     *(
         Option(
             name=limit.name,
@@ -433,6 +434,7 @@ class KLDConfig:
     refresh: bool
     junit: Path | None
     json: Path | None
+    html: Path | None
     bounds: dict[str, float]
     given_limits: tuple[str, ...]
     given_candidates: bool

@@ -448,8 +448,18 @@ def reference_label(config: KLDConfig) -> str:
 
 def candidate_label(item: pytest.Item) -> str:
     """Return the name of the candidate that a test is about."""
-    params: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
-    model = params.get("kld_candidate", "the kld_candidate fixture")
+    model = _params(item).get("kld_candidate", "the kld_candidate fixture")
     label = model.label if isinstance(model, ModelSpec) else str(model)
-    backend = params.get("kld_moe_backend")
+    backend = backend_of(item)
     return f"{label} ({backend})" if backend else label
+
+
+def backend_of(item: pytest.Item) -> str | None:
+    """Return the MoE backend that a test names for its candidate, if it does."""
+    backend: str | None = _params(item).get("kld_moe_backend")
+    return backend
+
+
+def _params(item: pytest.Item) -> dict[str, Any]:
+    params: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
+    return params

@@ -8,7 +8,7 @@ import pytest
 
 from pytest_kld.config import CONFIG
 from pytest_kld.errors import CacheError
-from pytest_kld.fixtures import KLD, candidate_label, reference_label
+from pytest_kld.fixtures import KLD, backend_of, candidate_label, reference_label
 from pytest_kld.gate import Verdict
 from pytest_kld.report import terminal
 from pytest_kld.report.diagnosis import diagnosis_lines
@@ -102,6 +102,8 @@ def _result(item: pytest.Item, report: pytest.TestReport, kld: KLD | None) -> Ga
         about=kld.scores.about if kld else None,
         diagnosis=dict(kld.diagnosis) if kld and kld.diagnosis else None,
         seconds=item.stash.get(_SETUP_SECONDS, 0.0) + (report.duration if called else 0.0),
+        backend=backend_of(item),
+        profile=_profile(kld) if kld and config.html else None,
     )
 
 
@@ -144,7 +146,7 @@ class Results:
         terminalreporter.section("KLD")
         for line in (*terminal.table(results), *terminal.notes(results)):
             terminalreporter.write_line(line)
-        for name, path in (("JUnit", config.junit), ("JSON", config.json)):
+        for name, path in (("JUnit", config.junit), ("JSON", config.json), ("HTML", config.html)):
             if path and not self._complaints:
                 terminalreporter.write_line(f"{name} report: {path}")
 
@@ -158,6 +160,10 @@ class Results:
             from pytest_kld.report.json_file import write_json_report
 
             yield write_json_report, config.json
+        if config.html:
+            from pytest_kld.report.html import write_html_report
+
+            yield write_html_report, config.html
 
     def _lost(self, report: pytest.TestReport) -> GateResult | None:
         """Return the result of a test that took its process with it, if its name tells that it was gated."""
@@ -189,3 +195,9 @@ class Results:
 def _kld_of(item: pytest.Item) -> KLD | None:
     kld = getattr(item, "funcargs", {}).get("kld")
     return kld if isinstance(kld, KLD) else None
+
+
+def _profile(kld: KLD) -> dict[str, Any]:
+    from pytest_kld.profile import profile_of
+
+    return profile_of(kld.scores)

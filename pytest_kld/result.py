@@ -38,6 +38,8 @@ class GateResult:
         about: what was compared and how, from the scores; None if not measured.
         diagnosis: where the candidate departs from the reference, see `diagnosis.Diagnosis`; None if not measured.
         seconds: how long the test took, its share of shared set-up included.
+        backend: the MoE backend that the candidate was served with, if one was named; it is part of `candidate`.
+        profile: see `profile_of`; None if not measured or if no report has charts.
 
     """
 
@@ -56,6 +58,8 @@ class GateResult:
     about: dict[str, Any] | None = None
     diagnosis: dict[str, Any] | None = None
     seconds: float = 0.0
+    backend: str | None = None
+    profile: dict[str, Any] | None = None
 
     @property
     def band(self) -> str | None:

@@ -33,7 +33,9 @@ def write_json_report(path: Path, results: Sequence[GateResult]) -> None:
 
 
 def _described(result: GateResult) -> dict[str, Any]:
-    return {**result.to_json(), "band": result.band, "notes": result.notes}
+    data = {**result.to_json(), "band": result.band, "notes": result.notes}
+    del data["profile"]  # there for charts alone
+    return data
 
 
 def _json_numbers(value: Any) -> Any:

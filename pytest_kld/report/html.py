@@ -1,0 +1,113 @@
+"""The HTML report: one file with charts and tables that asks nothing of a network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from datetime import UTC, datetime
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from pytest_kld import __version__
+from pytest_kld.files import write_atomically
+from pytest_kld.report.view import view
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from pytest_kld.result import GateResult
+
+_ASSETS = files("pytest_kld.report") / "assets"
+_LIBRARIES = ("d3", "plot")
+"""Charting libraries in the order in which they load; both are under the ISC licence, which goes where they go."""
+
+
+def write_html_report(path: Path, results: Sequence[GateResult]) -> None:
+    """Write the report, whole or not at all.
+
+    Raises:
+        CacheError: the disk is full or the directory cannot be written.
+
+    """
+    write_atomically(path, render(results).encode(errors="backslashreplace"))
+
+
+def render(results: Sequence[GateResult]) -> str:
+    """Return the report as HTML. Every text in it that is not ours is escaped."""
+    report = view(results)
+    scripts = [*(_library(name) for name in _LIBRARIES), _asset("charts.js")]
+    return (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            report=report,
+            chart_data=_finite(report.chart_data()),
+            created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            version=__version__,
+            style=Markup(_asset("report.css")),  # noqa: S704 (ours)
+            scripts=[Markup(script) for script in scripts],  # noqa: S704 (ours and the libraries')
+            policy=_policy(scripts),
+        )
+    )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("pytest_kld.report", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        fixed=lambda value: _number(value, ".6f"),
+        brief=lambda value: _number(value, ".4g"),
+        percent=lambda value: _number(value, ".2%"),
+        exact=lambda value: _number(value, "," if isinstance(value, int) else ".6g"),
+        token=show_token,
+    )
+    return environment
+
+
+def _number(value: float | None, form: str) -> str:
+    if value is None or math.isnan(value):
+        return "–"
+    return ("∞" if value > 0 else "−∞") if math.isinf(value) else format(value, form).replace("-", "−")
+
+
+def show_token(text: str) -> str:
+    """Make the spaces and control characters of a token visible."""
+    return "".join(chr(0x2400 + ord(char)) if ord(char) < 0x20 else "␣" if char == " " else char for char in text)
+
+
+def _policy(scripts: Sequence[str]) -> str:
+    """Return a content security policy: the scripts that are in the file run, and nothing else is run or loaded.
+
+    Styles may stand anywhere, because the charts bring their own; they cannot load anything either. Images are the
+    colour scales that the charts draw.
+    """
+    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
+    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:"
+
+
+def _library(name: str) -> str:
+    return f"/*\n{_asset(f'vendor/{name}.LICENSE')}*/\n{_asset(f'vendor/{name}.min.js')}"
+
+
+def _asset(name: str) -> str:
+    return _ASSETS.joinpath(name).read_text(encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """Replace numbers that JSON lacks by null; charts leave them out, tables show them."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,332 @@
+"""What the HTML report shows, drawn from the results: names, order, groups. Knows no HTML."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pytest_kld.gate import LIMITS
+from pytest_kld.result import GateResult, by_candidate, worst
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+QUANTILES = {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p999": 0.999, "max": 1.0}
+"""The figures that are quantiles of KL."""
+COLOURS = 8
+_DASHES = 4
+_VERDICTS = {
+    "error": ("ERROR", "!", "not measured"),
+    "failed": ("FAIL", "✗", "failed"),
+    "skipped": ("skipped", "?", "skipped"),
+    "expected": ("xfail", "✗", "failed as expected"),
+    "passed": ("pass", "✓", "passed"),
+}
+"""Word, sign, and what the headline says, from the worst to the best."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One candidate and all of its tests.
+
+    Attributes:
+        index: its rank among the candidates, from 0; picks its colour and dash.
+        name: how the user named it, with its backend.
+        short: the end of the name, as far as it tells candidates apart.
+        results: its tests.
+        measured: the first result with figures; None if there is none.
+
+    """
+
+    index: int
+    name: str
+    short: str
+    results: Sequence[GateResult]
+    measured: GateResult | None
+
+    @property
+    def verdict(self) -> tuple[str, str, str]:
+        """Return outcome (`expected`: an expected failure), word and sign of the test that decides."""
+        result = worst(self.results)
+        outcome = "expected" if result.xfail and result.outcome == "failed" else result.outcome
+        word, sign, _ = _VERDICTS[outcome]
+        return outcome, word, sign
+
+    @property
+    def colour(self) -> int:
+        """Return which of the colours it has."""
+        return self.index % COLOURS
+
+    @property
+    def dash(self) -> int:
+        """Return which of the dashes it has: with the colour, 32 ways to draw a line."""
+        return (self.index + self.index // COLOURS) % _DASHES
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Return every figure, or none if not measured."""
+        return (self.measured and self.measured.figures) or {}
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """Return everything known of the measured test; empty if not measured."""
+        return self.measured.to_json() if self.measured else {}
+
+    @property
+    def intervals(self) -> dict[str, Any]:
+        """Return the confidence intervals by figure, none where they were not asked for."""
+        return dict.fromkeys(self.figures) | (self.data.get("intervals") or {})
+
+    @property
+    def datasets(self) -> dict[str, dict[str, Any]]:
+        """Return the figures of each dataset where there are several."""
+        datasets = self.measured.datasets if self.measured else {}
+        return datasets if len(datasets) > 1 else {}
+
+    @property
+    def profile(self) -> dict[str, Any]:
+        """Return what its charts are drawn from, or nothing."""
+        return (self.measured and self.measured.profile) or {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One candidate's figure against its bound. `low` and `high` are None where there is no interval."""
+
+    candidate: Candidate
+    nodeid: str
+    value: float
+    bound: float
+    state: str
+    low: float | None
+    high: float | None
+    more_windows: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitGroup:
+    """All rows of one limit."""
+
+    name: str
+    label: str
+    unit: str
+    upper: bool
+    integer: bool
+    rows: Sequence[Row]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matrix:
+    """Mean KL by model and backend: `cells[model][backend]` is (mean, heat in [0, 1]), or None if not measured."""
+
+    backends: Sequence[str]
+    cells: dict[str, dict[str, tuple[float, float] | None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Everything that the report shows."""
+
+    candidates: Sequence[Candidate]
+    limits: Sequence[LimitGroup]
+    matrix: Matrix | None
+
+    @property
+    def measured(self) -> list[Candidate]:
+        """Return the candidates that have figures."""
+        return [candidate for candidate in self.candidates if candidate.measured]
+
+    @property
+    def diagnosed(self) -> list[Candidate]:
+        """Return the candidates that have a diagnosis."""
+        return [candidate for candidate in self.measured if candidate.data.get("diagnosis")]
+
+    @property
+    def has_intervals(self) -> bool:
+        """Whether a figure that has a limit has a confidence interval."""
+        return any(row.low is not None for limit in self.limits for row in limit.rows)
+
+    @property
+    def quantiles(self) -> list[str]:
+        """Return the figures that are quantiles of KL."""
+        return list(QUANTILES)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Return what the first measured candidate knows of the comparison; empty if none was measured."""
+        return next((candidate.data["about"] or {} for candidate in self.measured), {})
+
+    @property
+    def headline(self) -> str:
+        """Say in a few words how it went."""
+        outcomes = [candidate.verdict[0] for candidate in self.candidates]
+        if not outcomes:
+            return "Nothing was gated"
+        counts = [
+            f"{outcomes.count(outcome)} {said}" for outcome, (_, _, said) in _VERDICTS.items() if outcome in outcomes
+        ]
+        return f"{_count(len(outcomes), 'candidate')}: {', '.join(counts)}"
+
+    @property
+    def outcome(self) -> str:
+        """Return the worst outcome, `none` if nothing was gated."""
+        outcomes = {candidate.verdict[0] for candidate in self.candidates}
+        return next((outcome for outcome in _VERDICTS if outcome in outcomes), "none")
+
+    @property
+    def notes(self) -> list[str]:
+        """Return what a reader should know about how the figures came about, each once."""
+        results = [result for candidate in self.candidates for result in candidate.results]
+        return list(dict.fromkeys(note for result in results for note in result.notes))
+
+    @property
+    def figure_names(self) -> list[str]:
+        """Return the name of every figure that a candidate has."""
+        return list(dict.fromkeys(name for candidate in self.measured for name in candidate.figures))
+
+    def histogram_rows(self) -> list[tuple[float, float, list[int]]]:
+        """Return lower, upper and each measured candidate's count of every bin that is not empty."""
+        counts: dict[tuple[float, float], dict[int, int]] = {}
+        for candidate in self.measured:
+            for lower, upper, count in candidate.profile.get("histogram", ()):
+                counts.setdefault((lower, upper), {})[candidate.index] = count
+        return [
+            (lower, upper, [row.get(candidate.index, 0) for candidate in self.measured])
+            for (lower, upper), row in sorted(counts.items())
+        ]
+
+    def chart_data(self) -> dict[str, Any]:
+        """Return what the charts are drawn from, as plain data."""
+        quantile_of = {limit.name: limit.figure for limit in LIMITS.values() if limit.figure in QUANTILES}
+        return {
+            "candidates": [
+                {
+                    "name": candidate.name,
+                    "short": candidate.short,
+                    "colour": candidate.colour,
+                    "dash": candidate.dash,
+                    "positions": candidate.figures["positions"],
+                    "mean": candidate.figures["mean"],
+                    "quantiles": {name: candidate.figures[name] for name in QUANTILES},
+                    "intervals": candidate.data.get("intervals") or {},
+                    **candidate.profile,
+                }
+                for candidate in self.measured
+            ],
+            "quantiles": [{"name": name, "share": share} for name, share in QUANTILES.items()],
+            "limits": [
+                {
+                    "name": limit.name,
+                    "label": limit.label,
+                    "unit": limit.unit,
+                    "upper": limit.upper,
+                    "quantile": quantile_of.get(limit.name),
+                    "rows": [
+                        {
+                            "short": row.candidate.short,
+                            "colour": row.candidate.colour,
+                            **{name: getattr(row, name) for name in ("value", "bound", "low", "high", "state")},
+                        }
+                        for row in limit.rows
+                    ],
+                }
+                for limit in self.limits
+                if not limit.integer
+            ],
+        }
+
+
+def view(results: Sequence[GateResult]) -> Report:
+    """Arrange results for the report."""
+    groups = by_candidate(results)
+    candidates = [
+        Candidate(
+            index=index,
+            name=name,
+            short=short,
+            results=group,
+            measured=next((result for result in group if result.figures), None),
+        )
+        for index, ((name, group), short) in enumerate(zip(groups.items(), short_names(groups), strict=True))
+    ]
+    return Report(candidates=candidates, limits=_limits(candidates), matrix=_matrix(results))
+
+
+def short_names(names: Iterable[str]) -> list[str]:
+    """Return the last part of each path or hub id, or the whole of each where those are not all different."""
+    names = list(names)
+    ends = [name.rstrip("/").rpartition("/")[2] or name for name in names]
+    return ends if len(set(ends)) == len(names) else names
+
+
+def _limits(candidates: Sequence[Candidate]) -> list[LimitGroup]:
+    rows: dict[tuple[str, str | None], dict[tuple[int, float], Row]] = {}
+    for candidate in candidates:
+        for result in candidate.results:
+            intervals: dict[str, Any] = result.to_json().get("intervals") or {}
+            for check in result.checks:
+                dataset = check.get("dataset")
+                interval = intervals.get(check["figure"], {}) if dataset is None else {}
+                row = Row(
+                    candidate=candidate,
+                    nodeid=result.nodeid,
+                    value=check["value"],
+                    bound=check["bound"],
+                    state=check.get("state") or ("pass" if check["passed"] else "fail"),
+                    low=interval.get("low"),
+                    high=interval.get("high"),
+                    more_windows=check.get("more_windows"),
+                )
+                rows.setdefault((check["limit"], dataset), {})[candidate.index, row.bound] = row
+    return [
+        LimitGroup(
+            name=name,
+            label=LIMITS[name].label + (f" on {dataset}" if dataset else ""),
+            unit=LIMITS[name].unit,
+            upper=LIMITS[name].upper,
+            integer=LIMITS[name].integer,
+            rows=list(group.values()),
+        )
+        for (name, dataset), group in sorted(rows.items(), key=lambda item: list(LIMITS).index(item[0][0]))
+    ]
+
+
+def _matrix(results: Sequence[GateResult]) -> Matrix | None:
+    """Arrange candidates that were served with named backends; None if none was."""
+    means: dict[str, dict[str, float]] = {}
+    for result in results:
+        if result.backend is not None:
+            row = means.setdefault(result.candidate.removesuffix(f" ({result.backend})"), {})
+            row.setdefault(result.backend, math.nan)
+            if result.figures:
+                row[result.backend] = result.figures["mean"]
+    if not means:
+        return None
+    backends = list(dict.fromkeys(backend for row in means.values() for backend in row))
+    heat = _heat([mean for row in means.values() for mean in row.values()])
+    return Matrix(
+        backends=backends,
+        cells={
+            model: {
+                backend: None if math.isnan(mean := row.get(backend, math.nan)) else (mean, heat[mean])
+                for backend in backends
+            }
+            for model, row in means.items()
+        },
+    )
+
+
+def _heat(means: Sequence[float]) -> dict[float, float]:
+    """Place each mean between the smallest and the greatest, on a log scale; 0 and infinity are at the ends."""
+    logs = [math.log(mean) for mean in means if 0 < mean < math.inf]
+    low, width = min(logs, default=0.0), (max(logs, default=0.0) - min(logs, default=0.0)) or 1.0
+    return {
+        mean: 0.0 if mean <= 0 else 1.0 if math.isinf(mean) else (math.log(mean) - low) / width
+        for mean in means
+        if not math.isnan(mean)
+    }
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"

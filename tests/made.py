@@ -1,0 +1,67 @@
+"""Results of gates that nobody ran: random divergences through the real figures, limits and profiles."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from pytest_kld.gate import judge
+from pytest_kld.profile import profile_of
+from pytest_kld.result import GateResult, checks_of
+from pytest_kld.scores import Scores, Summary
+
+WINDOWS, SIZE = 4, 32
+
+
+def made_result(
+    candidate: str, scale: float = 0.01, bounds: dict[str, float] | None = None, **changes: Any
+) -> GateResult:
+    """Return a result whose KL is log-normal with a median of `scale` nats."""
+    random = np.random.default_rng(len(candidate))
+    shape = (WINDOWS, SIZE)
+    nll = random.exponential(2, shape)
+    argmax = random.integers(0, 100, shape)
+    columns = {
+        "kl": random.lognormal(np.log(scale), 1, shape),
+        "reference_nll": nll,
+        "candidate_nll": nll + random.normal(0, 0.05, shape),
+        "reference_entropy": nll,
+        "reference_confidence": np.exp(-nll),
+        "reference_argmax": argmax,
+        "candidate_argmax": np.where(random.random(shape) < 0.1, argmax + 1, argmax),
+        "token_ids": argmax,
+        "flags": np.zeros(shape, np.uint8),
+    }
+    text = {"dataset": "a text", "windows": WINDOWS}
+    protocol = {**text, "window_size": SIZE, "stride": SIZE // 2, "datasets": [text]}
+    sides = {"reference": {"model": "reference"}, "candidate": {"model": candidate}}
+    about = {**sides, "protocol": protocol, "versions": {"torch": "2"}}
+    scores = Scores(columns=columns, about=about)
+    figures = Summary.of(scores).to_json()
+    verdict = judge(figures, {"max_mean": 0.05, "max_nan": 0} if bounds is None else bounds)
+    result = GateResult(
+        nodeid=f"kld::test_kld[{candidate}]",
+        reference="reference",
+        candidate=candidate,
+        outcome="passed" if verdict.passed else "failed",
+        message="" if verdict.passed else verdict.explain(candidate, "reference", figures),
+        figures=figures,
+        checks=checks_of(verdict),
+        about=about,
+        profile=profile_of(scores),
+    )
+    return replace(result, **changes)
+
+
+def error_result(candidate: str, **changes: Any) -> GateResult:
+    """Return the result of a candidate that was not measured."""
+    result = GateResult(
+        nodeid=f"kld::test_kld[{candidate}]",
+        reference="reference",
+        candidate=candidate,
+        outcome="error",
+        message="ServerError: the server died",
+    )
+    return replace(result, **changes)

@@ -1,0 +1,270 @@
+"""The HTML report in a real Chromium: drawn, readable, silent, and deaf to what texts in it say."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import browser as browsers
+import pytest
+from browser import Browser
+from conftest import SMALL_RUN
+from made import error_result, made_result
+from selenium.webdriver.common.keys import Keys
+
+from pytest_kld.report.html import render, show_token, write_html_report
+from pytest_kld.report.view import COLOURS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CHARTS = ["limits", "histogram", "survival", "quantiles", "text", "windows"]
+PHONE = 360
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    """One browser for all tests. Where there is none the tests are skipped; in CI they must not be."""
+    if missing := browsers.missing():
+        if os.environ.get("CI"):
+            pytest.fail(missing)
+        pytest.skip(missing)
+    with Browser() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory: pytest.TempPathFactory, reference_dir: Path, candidate_dir: Path, broken_dir: Path) -> Path:
+    """The directory of a real gate of two candidates in a worker of xdist: report.html and report.json."""
+    directory = tmp_path_factory.mktemp("gated")
+    (directory / "pytest.ini").write_text("[pytest]\n")
+    command = [
+        *(sys.executable, "-m", "pytest", "-n1", f"--kld-ref={reference_dir}"),
+        *(f"--kld-candidate={model}" for model in (candidate_dir, broken_dir)),
+        *(*SMALL_RUN, "--kld-engine=transformers", "--kld-cache-dir=cache", "--kld-max-mean=0.1", "--kld-max-p99=2"),
+        *("--kld-html=report.html", "--kld-json=report.json"),
+    ]
+    run = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+    assert run.returncode == pytest.ExitCode.TESTS_FAILED, run.stdout + run.stderr
+    assert f"HTML report: {directory / 'report.html'}" in run.stdout
+    return directory
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (PHONE, False)])
+def test_every_chart_is_drawn_without_complaint_or_request(
+    chromium: Browser, gated: Path, width: int, dark: bool
+) -> None:
+    chromium.open(gated / "report.html", width=width, dark=dark)
+    assert chromium.run("return [...document.querySelectorAll('[data-chart]')].map(e => e.dataset.chart)") == CHARTS
+    for chart in CHARTS:
+        for box_width, box_height in boxes(chromium, f"[data-chart={chart}] svg"):
+            assert 200 < box_width <= width
+            assert box_height > 80
+    marks = {
+        ("histogram", "line", "path"): 2,
+        ("survival", "line", "path"): 2,
+        ("quantiles", "dot", "path,circle"): 2 * 6,
+        ("text", "line", "path"): 2 * 2,
+        ("windows", "rect", "rect"): 2 * 3,
+        ("limits", "dot", "path,circle"): 2 * 2,
+    }
+    for (chart, mark, shapes), count in marks.items():
+        drawn = boxes(chromium, *(f"[data-chart={chart}] [aria-label={mark}] {shape}" for shape in shapes.split(",")))
+        assert len(drawn) == count, chart
+        assert all(max(box) > 0 for box in drawn), chart
+    assert not chromium.complaints()
+    assert not chromium.requests()
+    assert chromium.run("return document.documentElement.scrollWidth") <= width
+
+
+def boxes(chromium: Browser, *selectors: str) -> list[tuple[float, float]]:
+    """Return width and height of each element that is found, in CSS pixels."""
+    script = """return [...document.querySelectorAll(arguments[0])].map(element => {
+        const box = element.getBoundingClientRect(); return [box.width, box.height]; })"""
+    return [tuple(box) for box in chromium.run(script, ", ".join(selectors))]
+
+
+def test_summary_shows_the_figures_and_verdicts_of_the_json_report(chromium: Browser, gated: Path) -> None:
+    results = json.loads((gated / "report.json").read_text())["results"]
+    chromium.open(gated / "report.html")
+    rows = chromium.run("""return [...document.querySelectorAll('#summary tbody tr')].map(
+        row => [...row.children].map(cell => cell.innerText.trim()))""")
+    assert rows == [
+        [
+            result["candidate"],
+            {"passed": "✓ pass", "failed": "✗ FAIL"}[result["outcome"]],
+            result["band"],
+            *(f"{result['figures'][name]:.6f}" for name in ("mean", "median", "p95", "p99", "max")),
+            "0",
+            f"{result['figures']['top1_agreement']:.2%}",
+        ]
+        for result in results
+    ]
+    assert [result["outcome"] for result in results] == ["passed", "failed"]
+    assert "profile" not in results[0]
+    protocol = chromium.run("return document.querySelector('#protocol').innerText")
+    for value in (results[0]["about"]["protocol"]["token_ids_sha256"], results[0]["about"]["versions"]["torch"]):
+        assert value in protocol
+
+
+def test_every_chart_has_its_numbers_in_a_table(chromium: Browser, gated: Path) -> None:
+    chromium.open(gated / "report.html")
+    data = chromium.run("return JSON.parse(document.getElementById('chart-data').textContent)")
+    counted = chromium.run("""return Object.fromEntries([...document.querySelectorAll('figure')].map(figure => [
+        figure.querySelector('[data-chart]').dataset.chart, figure.querySelectorAll('tbody tr').length]))""")
+    candidates = data["candidates"]
+    bins = {(lower, upper) for one in candidates for lower, upper, _ in one["histogram"]}
+    assert counted == {
+        "limits": 0,  # its table stands below it, open
+        "histogram": len(bins) + 2,
+        "survival": sum(len(one["survival"]) for one in candidates),
+        "quantiles": 6,
+        "text": sum(len(one["text"]) for one in candidates),
+        "windows": 3 * 2,
+    }
+    assert len(boxes(chromium, "#limits tbody tr")) == 4 * 2
+    labels = chromium.run("return [...document.querySelectorAll('.chart svg')].map(e => e.getAttribute('aria-label'))")
+    assert all(labels)
+
+
+def test_text_stands_out_from_its_ground_in_light_and_dark_and_paper_is_white(chromium: Browser, gated: Path) -> None:
+    grounds = {}
+    for media, dark in (("screen", False), ("screen", True), ("print", True)):
+        chromium.open(gated / "report.html", dark=dark, media=media)
+        ground = colour(chromium, "body", "backgroundColor")
+        grounds[media, dark] = luminance(ground)
+        for selector in ("body", ".small", "thead th", ".verdict.passed", ".verdict.failed", "figcaption p"):
+            assert contrast(colour(chromium, selector, "color"), ground) >= 4.5, (selector, media, dark)
+        for number in range(COLOURS):
+            assert contrast(parsed(chromium.run(CANDIDATE_COLOUR, number)), ground) >= 3, (number, media, dark)
+    assert grounds["screen", False] == grounds["print", True] == 1
+    assert grounds["screen", True] < 0.05
+
+
+CANDIDATE_COLOUR = """const probe = document.body.appendChild(document.createElement('i'));
+    probe.className = 'colour-' + arguments[0]; return getComputedStyle(probe).color"""
+
+
+def colour(chromium: Browser, selector: str, name: str) -> tuple[int, ...]:
+    script = "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]"
+    return parsed(chromium.run(script, selector, name))
+
+
+def parsed(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.removeprefix("rgb(").removesuffix(")").split(","))
+
+
+def luminance(rgb: tuple[int, ...]) -> float:
+    """Return the relative luminance as WCAG 2 defines it."""
+    parts = [part / 255 for part in rgb]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return round(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2], 6)
+
+
+def contrast(one: tuple[int, ...], other: tuple[int, ...]) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_report_prints_without_navigation_and_with_its_charts(chromium: Browser, gated: Path) -> None:
+    chromium.open(gated / "report.html", media="print")
+    assert chromium.run("return getComputedStyle(document.querySelector('nav')).display") == "none"
+    assert all(min(box) > 80 for box in boxes(chromium, "[data-chart] svg"))
+    pdf = chromium.pdf()
+    assert pdf.startswith(b"%PDF")
+    assert pdf.count(b"/Type /Page\n") >= 2
+
+
+def test_tab_key_reaches_every_chart_and_table_in_reading_order_and_enter_opens_the_numbers(
+    chromium: Browser, gated: Path
+) -> None:
+    chromium.open(gated / "report.html")
+    chromium.run("""window.stops = [...document.querySelectorAll('a, summary, [tabindex="0"]')].filter(
+        element => element.checkVisibility()); window.focused = [];
+        document.addEventListener('focusin', event => window.focused.push(window.stops.indexOf(event.target)))""")
+    stops = chromium.run("return window.stops.length")
+    for _ in range(stops):
+        chromium.press(Keys.TAB)
+    assert chromium.run("return window.focused") == list(range(stops))
+    assert chromium.run("return window.stops.filter(element => element.tagName === 'FIGURE').length") == len(CHARTS)
+
+    table = "figure:has([data-chart=histogram]) details table"
+    assert not chromium.run("return document.querySelector(arguments[0]).checkVisibility()", table)
+    chromium.run("document.querySelector('figure:has([data-chart=histogram]) summary').focus()")
+    chromium.press(Keys.ENTER)
+    assert chromium.run("return document.querySelector(arguments[0]).checkVisibility()", table)
+
+
+EVIL = "</script><script>window.pwned = 1</script><img src=x onerror='window.pwned = 1'>\"><b id=pwned>{{ 7 * 7 }}"
+
+
+def test_markup_in_texts_is_shown_and_neither_parsed_nor_run(chromium: Browser, tmp_path: Path) -> None:
+    result = made_result(f"{EVIL}/one", scale=1, reference=EVIL, nodeid=EVIL, message=EVIL, backend=EVIL)
+    about = {**(result.about or {}), EVIL: {EVIL: [EVIL, 1]}}
+    about["protocol"] = {**about["protocol"], "dataset": EVIL}
+    results = [
+        made_result(f"{EVIL}/one", scale=1, reference=EVIL, nodeid=EVIL, message=EVIL, backend=EVIL, about=about),
+        made_result(f"{EVIL}/two ({EVIL})", reference=EVIL, backend=EVIL),
+        error_result(EVIL, message=EVIL, reference=EVIL),
+    ]
+    write_html_report(tmp_path / "report.html", results)
+    chromium.open(tmp_path / "report.html")
+    assert chromium.run("return window.pwned") is None
+    assert chromium.run("return document.querySelectorAll('img, b[id]').length") == 0
+    assert chromium.run("return document.scripts.length") == 4
+    assert chromium.run("return document.body.innerText").count(EVIL) >= 8
+    assert len(boxes(chromium, ".chart svg")) == len(CHARTS)
+    assert "window.pwned" in chromium.run("return document.querySelector('[data-chart=windows] svg').textContent")
+    assert not chromium.complaints()
+    assert not chromium.requests()
+
+
+def test_script_that_is_not_ours_does_not_run_even_as_markup(chromium: Browser, tmp_path: Path) -> None:
+    page = render([made_result("a")]).replace("</main>", "<script>window.pwned = 1</script></main>")
+    (tmp_path / "report.html").write_text(page)
+    chromium.open(tmp_path / "report.html")
+    assert chromium.run("return window.pwned") is None
+    assert any("Content Security Policy" in line for line in chromium.complaints())
+
+
+def test_matrix_shows_models_by_backends(chromium: Browser, tmp_path: Path) -> None:
+    results = [
+        made_result("x (triton)", backend="triton"),
+        made_result("x (cutlass)", scale=0.1, backend="cutlass"),
+        error_result("y (triton)", backend="triton"),
+    ]
+    write_html_report(tmp_path / "report.html", results)
+    chromium.open(tmp_path / "report.html")
+    rows = chromium.run("""return [...document.querySelectorAll('.matrix tr')].map(
+        row => [...row.children].map(cell => cell.innerText))""")
+    means = [f"{result.figures['mean']:.6f}" for result in results if result.figures]
+    assert rows == [["Model", "triton", "cutlass"], ["x", *means], ["y", "not measured", "not measured"]]
+
+
+@pytest.mark.parametrize("results", [[], [error_result("a")]], ids=["nothing gated", "nothing measured"])
+def test_report_of_nothing_says_so(chromium: Browser, tmp_path: Path, results: list) -> None:
+    write_html_report(tmp_path / "report.html", results)
+    chromium.open(tmp_path / "report.html")
+    text = chromium.run("return document.body.innerText")
+    assert ("the server died" if results else "Nothing was gated") in text
+    assert not chromium.complaints()
+
+
+def test_numbers_that_json_lacks_are_left_out_of_charts_and_shown_in_tables(chromium: Browser, tmp_path: Path) -> None:
+    result = made_result("a")
+    figures = {**(result.figures or {}), "mean": float("inf"), "max": float("inf"), "infinite_count": 1}
+    profile = {**(result.profile or {}), "windows": [[float("inf"), float("inf")], None, [0.0, 0.0], [0.1, 0.2]]}
+    write_html_report(tmp_path / "report.html", [made_result("a", figures=figures, profile=profile)])
+    chromium.open(tmp_path / "report.html")
+    assert len(boxes(chromium, "[data-chart=windows] [aria-label=rect] rect")) == 1
+    assert "∞" in chromium.run("return document.querySelector('#summary table').innerText")
+    assert not chromium.complaints()
+
+
+def test_tokens_show_their_spaces_and_control_characters() -> None:
+    assert show_token(" the\n") == "␣the␊"
+    assert show_token("naïve‖") == "naïve‖"
