@@ -1,52 +1,87 @@
-"""Takes the pictures in docs/images: runs a short gate on the quickstart's models and opens its report in Chromium.
+"""Takes the pictures in docs/images: gates three quantizations of a tiny model and opens the report in Chromium.
 
-    .venv/bin/pip install -c constraints.txt -e '.[quickstart,test]'
-    .venv/bin/python docs/screenshots.py
-
-Run the quickstart before; its models are in `quickstart/models` of the current directory.
+Run it in the tests' environment: `.venv/bin/python docs/screenshots.py`.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path += [str(ROOT / "tests"), str(ROOT / "conftest_examples/quickstart")]
 
 from browser import Browser  # noqa: E402 (it is with the tests)
+from make_models import round_weights  # noqa: E402
 
-MODELS = Path("quickstart/models")
-REPORT = Path("quickstart/report.html")
-LIMITS = ("--kld-max-mean=0.05", "--kld-max-p99=0.5", "--kld-min-top1=0.9")
-PROTOCOL = ("--kld-dataset=python-docs", "--kld-windows=8", "--kld-window-size=256", "--kld-stride=256")
+from pytest_kld.corpus import load_corpus  # noqa: E402
+
+FORMATS = ("int8", "fp8", "nvfp4")
+LIMITS = ("--kld-max-mean=0.05", "--kld-max-p99=0.2", "--kld-min-top1=0.85")
+PROTOCOL = ("--kld-dataset=python-docs", "--kld-windows=40", "--kld-window-size=128", "--kld-stride=64")
 DESKTOP, PHONE = 1100, 390
 """Widths in CSS pixels."""
 
 
 def main() -> None:
-    """Run the gate, then take a light, a dark and a phone's picture."""
-    gate()
-    report = REPORT.resolve()
-    with Browser() as browser:
+    """Make the models, gate them, and take a light, a dark and a phone's picture."""
+    images = ROOT / "docs/images"
+    images.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as directory, Browser() as browser:
+        make_models(Path(directory))
+        report = gate(Path(directory))
         browser.open(report, width=DESKTOP)
-        browser.screenshot(ROOT / "docs/images/report-light.png", top=0, height=1150)
+        browser.screenshot(images / "report-light.png", top=0, height=1060)
         browser.open(report, width=DESKTOP, dark=True)
-        browser.screenshot(ROOT / "docs/images/report-dark.png", top=browser.top_of("#distribution"), height=1250)
+        browser.screenshot(images / "report-dark.png", top=browser.top_of("#distribution"), height=1250)
         browser.open(report, width=PHONE)
-        browser.screenshot(ROOT / "docs/images/report-phone.png", top=0, height=1150)
+        browser.screenshot(images / "report-phone.png", top=0, height=1150)
 
 
-def gate() -> None:
-    """Write the report. NVFP4 fails, as it should."""
-    names = ("int8", "fp8", "nvfp4")
+@torch.no_grad()
+def make_models(root: Path) -> None:
+    """Save a random model with a tokenizer of the text it is run on, and its quantizations."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=1000, show_progress=False)
+    bpe.train_from_iterator([load_corpus("python-docs", Path()).text[:50_000]], trainer)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=1024,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        tie_word_embeddings=False,
+    )
+    reference = AutoModelForCausalLM.from_config(config)
+    reference.get_output_embeddings().weight.mul_(12)  # random heads are nearly flat
+    reference.save_pretrained(root / "reference")
+    for name in FORMATS:
+        candidate = AutoModelForCausalLM.from_pretrained(root / "reference")
+        round_weights(candidate, name)
+        candidate.save_pretrained(root / name)
+    for name in ("reference", *FORMATS):
+        PreTrainedTokenizerFast(tokenizer_object=bpe).save_pretrained(root / name)
+
+
+def gate(root: Path) -> Path:
+    """Write the report. Some gate fails, as it should."""
+    (root / "pytest.ini").write_text("[pytest]\n")
     command = [
-        *(sys.executable, "-m", "pytest", "quickstart", f"--kld-ref={MODELS / 'smollm2-135m'}"),
-        *(f"--kld-candidate={MODELS / name}" for name in names),
-        *(*LIMITS, *PROTOCOL, "--kld-cache-dir=quickstart/cache", f"--kld-html={REPORT}"),
+        *(sys.executable, "-m", "pytest", "--kld-ref=reference", *(f"--kld-candidate={name}" for name in FORMATS)),
+        *(*LIMITS, *PROTOCOL, "--kld-engine=transformers", "--kld-cache-dir=cache", "--kld-html=report.html"),
     ]
-    subprocess.run(command, check=False)
+    subprocess.run(command, cwd=root, check=False)
+    return root / "report.html"
 
 
 if __name__ == "__main__":

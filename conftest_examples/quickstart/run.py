@@ -24,6 +24,7 @@ def main() -> int:
         # A short protocol, so that this takes two minutes on a laptop; the standard one is the default.
         *("--kld-dataset=python-docs", "--kld-windows=16", "--kld-window-size=512", "--kld-stride=512"),
         *(f"--kld-cache-dir={ROOT / 'cache'}", f"--kld-junit={ROOT / 'report.xml'}", f"--kld-json={report}"),
+        f"--kld-html={ROOT / 'report.html'}",
     ]
     print("$ pytest", " ".join(command[3:]), flush=True)
     subprocess.run(command, check=False)
@@ -35,8 +36,8 @@ def main() -> int:
         return 1
     print(
         "\nThis is as it should be: INT8 and FP8 are within 0.05 nats of the reference, NVFP4 is not, and pytest "
-        f"failed.\nOpen {ROOT / 'report.xml'} (JUnit) and {report} (all figures). Run this again with another limit: "
-        "nothing is computed anew."
+        f"failed.\nOpen {ROOT / 'report.html'} in a browser; {ROOT / 'report.xml'} is JUnit, {report} has every "
+        "figure. Run this again with another limit: nothing is computed anew."
     )
     return 0
 

@@ -82,7 +82,8 @@ def _number(value: float | None, form: str) -> str:
 
 def show_token(text: str) -> str:
     """Make the spaces and control characters of a token visible."""
-    return "".join(chr(0x2400 + ord(char)) if ord(char) < 0x20 else "␣" if char == " " else char for char in text)
+    shown = {" ": "␣", "\n": "↵"}
+    return "".join(shown.get(char) or (char if char.isprintable() else ascii(char)[1:-1]) for char in text)
 
 
 def _policy(scripts: Sequence[str]) -> str:

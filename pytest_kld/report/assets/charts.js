@@ -257,7 +257,7 @@
         height: rows.length * 30 + 58,
         marginLeft: room,
         marginTop: 24,
-        marginRight: 84,
+        marginRight: 98,
         x: wide ? { ...log(null, domain, width / 70), domain } : { grid: true, label: null, ticks: Math.max(3, width / 110), domain },
         y: { type: "band", domain: limit.rows.map((_, rank) => rank), padding: 0.2, axis: null },
         marks: [
@@ -269,7 +269,7 @@
           Plot.text(bounds, { x: (bound) => bound, text: (bound) => `limit ${brief(bound)}`, frameAnchor: "top", dy: -16, fill: "var(--fail)", fontWeight: 600 }),
           Plot.ruleY(rows.filter((row) => row.low !== null && row.high !== null), { y: "rank", x1: "low", x2: "high", stroke: (row) => colour(row), strokeWidth: 2, marker: "tick" }),
           Plot.dot(rows, { x: "value", y: "rank", r: 5, symbol: (row) => SYMBOLS[row.colour], fill: (row) => colour(row) }),
-          Plot.text(rows, { y: "rank", text: (row) => `${brief(row.value)} ${SIGNS[row.state]}`, frameAnchor: "right", dx: 74, fill: "var(--ink)", fontVariant: "tabular-nums" }),
+          Plot.text(rows, { y: "rank", text: (row) => `${brief(row.value)} ${SIGNS[row.state]}`, frameAnchor: "right", dx: 88, fill: "var(--ink)", fontVariant: "tabular-nums" }),
         ],
         symbol: { type: "identity" },
         color: { type: "identity" },

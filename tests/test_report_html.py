@@ -266,5 +266,5 @@ def test_numbers_that_json_lacks_are_left_out_of_charts_and_shown_in_tables(chro
 
 
 def test_tokens_show_their_spaces_and_control_characters() -> None:
-    assert show_token(" the\n") == "␣the␊"
+    assert show_token(" the\n\t\x1b\u202e") == "␣the↵\\t\\x1b\\u202e"
     assert show_token("naïve‖") == "naïve‖"
