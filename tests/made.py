@@ -11,12 +11,17 @@ from pytest_kld.gate import judge
 from pytest_kld.profile import profile_of
 from pytest_kld.result import GateResult, checks_of
 from pytest_kld.scores import Scores, Summary
+from pytest_kld.uncertainty import intervals
 
 WINDOWS, SIZE = 4, 32
 
 
 def made_result(
-    candidate: str, scale: float = 0.01, bounds: dict[str, float] | None = None, **changes: Any
+    candidate: str,
+    scale: float = 0.01,
+    bounds: dict[str, float] | None = None,
+    confidence: float | None = None,
+    **changes: Any,
 ) -> GateResult:
     """Return a result whose KL is log-normal with a median of `scale` nats."""
     random = np.random.default_rng(len(candidate))
@@ -40,7 +45,8 @@ def made_result(
     about = {**sides, "protocol": protocol, "versions": {"torch": "2"}}
     scores = Scores(columns=columns, about=about)
     figures = Summary.of(scores).to_json()
-    verdict = judge(figures, {"max_mean": 0.05, "max_nan": 0} if bounds is None else bounds)
+    sure = {} if confidence is None else intervals(scores, confidence)
+    verdict = judge(figures, {"max_mean": 0.05, "max_nan": 0} if bounds is None else bounds, intervals=sure)
     result = GateResult(
         nodeid=f"kld::test_kld[{candidate}]",
         reference="reference",
@@ -48,6 +54,7 @@ def made_result(
         outcome="passed" if verdict.passed else "failed",
         message="" if verdict.passed else verdict.explain(candidate, "reference", figures),
         figures=figures,
+        intervals={name: interval.to_json() for name, interval in sure.items()},
         checks=checks_of(verdict),
         about=about,
         profile=profile_of(scores),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -243,6 +244,53 @@ def test_matrix_shows_models_by_backends(chromium: Browser, tmp_path: Path) -> N
         row => [...row.children].map(cell => cell.innerText))""")
     means = [f"{result.figures['mean']:.6f}" for result in results if result.figures]
     assert rows == [["Model", "triton", "cutlass"], ["x", *means], ["y", "not measured", "not measured"]]
+
+
+def test_intervals_are_drawn_as_whiskers_around_their_figures(chromium: Browser, tmp_path: Path) -> None:
+    confident = made_result("a", bounds={"max_mean": 0.05, "max_median": 0.1}, confidence=0.9)
+    write_html_report(tmp_path / "report.html", [confident, made_result("b")])
+    chromium.open(tmp_path / "report.html")
+    whiskers = [box for box in boxes(chromium, "[data-chart=limits] [aria-label=rule] line") if box[0] > 0]
+    finite = [check for check in confident.checks if math.isfinite(check["interval"]["high"])]
+    assert len(whiskers) == len(finite) > 0
+    low, high = (f"{confident.intervals['mean'][end]:.6f}" for end in ("low", "high"))
+    assert f"[{low}, {high}]" in chromium.run("return document.querySelector('#summary table').innerText")
+    assert not chromium.complaints()
+
+
+def test_worst_positions_show_their_label_highlighted_in_its_context(chromium: Browser, tmp_path: Path) -> None:
+    top = [{"id": 7, "text": f" {EVIL}", "p": 0.75}, {"id": 8, "text": None, "p": 0.25}]
+    position = {
+        **{"window": 1, "position": 5, "source_position": 21, "kl": 2.5, "delta_p": -0.5},
+        **{"context": f"x < y {EVIL}", "label": 7, "label_text": EVIL, "reference_top": top, "candidate_top": top},
+    }
+    unknown = {**position, "context": None, "label": None, "label_text": None, "delta_p": None}
+    diagnosis = {
+        "patterns": [{"name": "a pattern", "explanation": "what it means", "evidence": EVIL}],
+        "worst_positions": [position, unknown],
+        "worst_windows": [{"window": 1, "start": 16, "mean_kl": 0.5, "max_kl": 2.5}],
+        "top1pct_share": 0.25,
+        "by_confidence": [{"low": 0.0, "high": 0.1, "positions": 0, "mean_kl": None}],
+        "by_position": [{"start": 0, "stop": 2, "mean_kl": 0.5}],
+        "by_token_class": [{"class": EVIL, "positions": 3, "mean_kl": 0.5, "share": 0.5}],
+        "vocabulary": [{"id": 7, "text": EVIL, "contribution": 0.125}],
+    }
+    write_html_report(tmp_path / "report.html", [made_result("a", diagnosis=diagnosis)])
+    chromium.open(tmp_path / "report.html")
+    assert chromium.run("return document.querySelector('.worst mark').innerText") == EVIL
+    assert chromium.run("return document.querySelector('.worst .context').innerText") == f"x < y {EVIL}{EVIL}"
+    shown = chromium.run("return document.querySelector('#diagnosis').innerText")
+    for text in (
+        "2.5 nats",
+        "window 1, position 5, token 21",
+        "−50.00%",
+        "75.00%",
+        "a pattern",
+        show_token(f" {EVIL}"),
+    ):
+        assert text in shown
+    assert chromium.run("return window.pwned") is None
+    assert not chromium.complaints()
 
 
 @pytest.mark.parametrize("results", [[], [error_result("a")]], ids=["nothing gated", "nothing measured"])

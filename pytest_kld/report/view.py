@@ -19,7 +19,7 @@ _DASHES = 4
 _VERDICTS = {
     "error": ("ERROR", "!", "not measured"),
     "failed": ("FAIL", "✗", "failed"),
-    "skipped": ("skipped", "?", "skipped"),
+    "skipped": ("skip", "?", "skipped"),
     "expected": ("xfail", "✗", "failed as expected"),
     "passed": ("pass", "✓", "passed"),
 }
@@ -51,7 +51,7 @@ class Candidate:
         result = worst(self.results)
         outcome = "expected" if result.xfail and result.outcome == "failed" else result.outcome
         word, sign, _ = _VERDICTS[outcome]
-        return outcome, word, sign
+        return outcome, f"{word} (inconclusive)" if result.inconclusive else word, sign
 
     @property
     def colour(self) -> int:
@@ -69,14 +69,19 @@ class Candidate:
         return (self.measured and self.measured.figures) or {}
 
     @property
-    def data(self) -> dict[str, Any]:
-        """Return everything known of the measured test; empty if not measured."""
-        return self.measured.to_json() if self.measured else {}
+    def about(self) -> dict[str, Any]:
+        """Return what was compared and how, or nothing."""
+        return (self.measured and self.measured.about) or {}
 
     @property
-    def intervals(self) -> dict[str, Any]:
-        """Return the confidence intervals by figure, none where they were not asked for."""
-        return dict.fromkeys(self.figures) | (self.data.get("intervals") or {})
+    def diagnosis(self) -> dict[str, Any]:
+        """Return where it departs from the reference, or nothing."""
+        return (self.measured and self.measured.diagnosis) or {}
+
+    @property
+    def intervals(self) -> dict[str, dict[str, float]]:
+        """Return the confidence intervals by figure."""
+        return self.measured.intervals if self.measured else {}
 
     @property
     def datasets(self) -> dict[str, dict[str, Any]]:
@@ -140,7 +145,7 @@ class Report:
     @property
     def diagnosed(self) -> list[Candidate]:
         """Return the candidates that have a diagnosis."""
-        return [candidate for candidate in self.measured if candidate.data.get("diagnosis")]
+        return [candidate for candidate in self.measured if candidate.diagnosis]
 
     @property
     def has_intervals(self) -> bool:
@@ -155,7 +160,7 @@ class Report:
     @property
     def about(self) -> dict[str, Any]:
         """Return what the first measured candidate knows of the comparison; empty if none was measured."""
-        return next((candidate.data["about"] or {} for candidate in self.measured), {})
+        return next((candidate.about for candidate in self.measured), {})
 
     @property
     def headline(self) -> str:
@@ -209,7 +214,7 @@ class Report:
                     "positions": candidate.figures["positions"],
                     "mean": candidate.figures["mean"],
                     "quantiles": {name: candidate.figures[name] for name in QUANTILES},
-                    "intervals": candidate.data.get("intervals") or {},
+                    "intervals": candidate.intervals,
                     **candidate.profile,
                 }
                 for candidate in self.measured
@@ -264,19 +269,18 @@ def _limits(candidates: Sequence[Candidate]) -> list[LimitGroup]:
     rows: dict[tuple[str, str | None], dict[tuple[int, float], Row]] = {}
     for candidate in candidates:
         for result in candidate.results:
-            intervals: dict[str, Any] = result.to_json().get("intervals") or {}
             for check in result.checks:
-                dataset = check.get("dataset")
-                interval = intervals.get(check["figure"], {}) if dataset is None else {}
+                dataset = check["dataset"]
+                interval = check["interval"] or {}
                 row = Row(
                     candidate=candidate,
                     nodeid=result.nodeid,
                     value=check["value"],
                     bound=check["bound"],
-                    state=check.get("state") or ("pass" if check["passed"] else "fail"),
+                    state=check["state"],
                     low=interval.get("low"),
                     high=interval.get("high"),
-                    more_windows=check.get("more_windows"),
+                    more_windows=check["more_windows"],
                 )
                 rows.setdefault((check["limit"], dataset), {})[candidate.index, row.bound] = row
     return [
