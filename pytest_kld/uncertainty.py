@@ -28,7 +28,8 @@ Columns = Mapping[str, NDArray[Any]]
 MOST_BLOCKS = 48
 """Beyond this, shorter blocks gain little: Student's t at 47 degrees of freedom is 2.6 % wider than the normal."""
 FEWEST_BLOCKS = 12
-"""Below this an interval is mostly about how little is known of its own width."""
+"""Below this an interval is mostly about how little is known of its own width. Before blocks are aligned: of a few
+windows, down to half as many may come of it."""
 _CORRELATION_LENGTHS = 6
 """Blocks are at least so many correlation lengths long; what leaks over their edges is then a few percent of a
 variance."""
