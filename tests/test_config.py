@@ -35,7 +35,7 @@ GOOD: dict[str, tuple[str, Any]] = {
     "refresh": ("true", True),
 }
 """For each option that takes no path and no model: a text and what it means."""
-PATHS = ("cache_dir", "junit", "json", "capture_dir")
+PATHS = ("cache_dir", "junit", "json", "html", "capture_dir")
 MODELS = ("ref", "candidate", "tokenizer")
 SERVERS = {
     *("sglang_command", "ref_args", "candidate_args", "ref_env", "candidate_env"),
