@@ -26,7 +26,7 @@ from sglang_cpu.environment import SGLangEnvironment, sglang_environment  # noqa
 
 from pytest_kld.corpus import load_corpus  # noqa: E402
 from pytest_kld.models import ModelSpec  # noqa: E402
-from pytest_kld.server import Server, ServerCommand, free_port  # noqa: E402
+from pytest_kld.servers.server import Server, ServerCommand, free_port  # noqa: E402
 from pytest_kld.sglang_hook.protocol import (  # noqa: E402
     CAPTURE_DIR_VARIABLE,
     CaptureRequest,

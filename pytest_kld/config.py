@@ -14,7 +14,7 @@ from typing import Any, Literal
 import pytest
 
 from pytest_kld.corpus import CORPUS_FILES
-from pytest_kld.engines.sglang_arguments import check_arguments, parse_command
+from pytest_kld.engines.sglang.arguments import check_arguments, parse_command
 from pytest_kld.errors import ServerError
 from pytest_kld.gate import DEFAULT_BOUNDS, LIMITS, Limit, merge_bounds
 from pytest_kld.models import ModelSpec

@@ -19,7 +19,7 @@ from pytest_kld.report.terminal import TerminalProgress
 if TYPE_CHECKING:
     from pytest_kld.capture import Capture
     from pytest_kld.diagnosis import Diagnosis
-    from pytest_kld.engines.sglang_servers import ServerHandle
+    from pytest_kld.engines.sglang.pool import ServerHandle
     from pytest_kld.interval import Interval
     from pytest_kld.measurement import Measurement
     from pytest_kld.scores import Scores

@@ -11,14 +11,14 @@ from pytest_kld.capture import MANIFEST, SCHEMA, Capture
 from pytest_kld.compare import compare, scores_key
 from pytest_kld.corpus import load_corpus
 from pytest_kld.device import pick_device
+from pytest_kld.diagnosis.tokens import Tokens
 from pytest_kld.engines.selection import make_engine
-from pytest_kld.engines.sglang import SGLangEngine
+from pytest_kld.engines.sglang.engine import SGLangEngine
 from pytest_kld.errors import CaptureError, ModelError, ServerError
 from pytest_kld.models import ModelSpec, is_capture
 from pytest_kld.recording import Recording, adopt_windows, require_fits
 from pytest_kld.rounds import schedule
 from pytest_kld.scores import Scores
-from pytest_kld.tokens import Tokens
 from pytest_kld.windows import Windows, chat_renderer, check_same_tokens, cut_windows, join_windows, load_tokenizer
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pytest_kld.config import KLDConfig
     from pytest_kld.engines import Engine
     from pytest_kld.engines.selection import EngineArguments, Role
-    from pytest_kld.engines.sglang_servers import ServerHandle
+    from pytest_kld.engines.sglang.pool import ServerHandle
     from pytest_kld.progress import Progress
 
 

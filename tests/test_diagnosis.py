@@ -11,8 +11,8 @@ from pairs import log_probs_of, scores_of
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from pytest_kld.diagnosis import Diagnosis, diagnose
+from pytest_kld.diagnosis.tokens import Tokens
 from pytest_kld.scores import Scores
-from pytest_kld.tokens import Tokens
 
 if TYPE_CHECKING:
     from pytest_kld.windows import Windows

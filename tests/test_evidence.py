@@ -11,7 +11,7 @@ import torch
 from pairs import log_probs_of, scores_of
 from transformers import AutoModelForCausalLM
 
-from pytest_kld import evidence
+from pytest_kld.diagnosis import evidence
 from pytest_kld.scores import Scores
 
 if TYPE_CHECKING:

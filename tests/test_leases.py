@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from pytest_kld.errors import ServerError
-from pytest_kld.leases import lease, visible_gpus
+from pytest_kld.servers.leases import lease, visible_gpus
 
 GPUS = ("GPU-a", "GPU-b", "GPU-c", "GPU-d")
 HOLD = """
 import sys, time
 from pathlib import Path
-from pytest_kld.leases import lease
+from pytest_kld.servers.leases import lease
 with lease(int(sys.argv[1]), tuple(sys.argv[3].split(",")), Path(sys.argv[2])) as held:
     print(",".join(held), flush=True)
     time.sleep(600)

@@ -14,9 +14,9 @@ from pairs import log_probs_of, scores_of
 from transformers import AutoModelForCausalLM, PhiConfig
 
 from pytest_kld.corpus import load_corpus
-from pytest_kld.patterns import PATTERNS, Pattern, find_patterns
-from pytest_kld.positions import Positions
-from pytest_kld.tokens import Tokens
+from pytest_kld.diagnosis.patterns import PATTERNS, Pattern, find_patterns
+from pytest_kld.diagnosis.positions import Positions
+from pytest_kld.diagnosis.tokens import Tokens
 from pytest_kld.windows import Windows, cut_windows
 
 if TYPE_CHECKING:

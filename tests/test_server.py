@@ -15,7 +15,7 @@ import pytest
 import requests
 
 from pytest_kld.errors import ServerError
-from pytest_kld.server import Server, ServerCommand, free_port
+from pytest_kld.servers.server import Server, ServerCommand, free_port
 
 SCRIPT = Path(__file__).parent / "scripted_server.py"
 
@@ -96,7 +96,7 @@ def test_the_server_ends_when_its_parent_does(number: signal.Signals, tmp_path: 
         sys.path.insert(0, {str(SCRIPT.parent)!r})
         from pathlib import Path
         from test_server import command
-        from pytest_kld.server import Server
+        from pytest_kld.servers.server import Server
         server = Server(command("stubborn", Path({str(tmp_path)!r}), grace=1))
         print(server.pid, flush=True)
         time.sleep(600)

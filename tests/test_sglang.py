@@ -26,9 +26,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from pytest_kld.corpus import load_corpus
 from pytest_kld.engines import Prefill
-from pytest_kld.engines.sglang import SGLangEngine
-from pytest_kld.engines.sglang_client import ServedModel
-from pytest_kld.engines.sglang_servers import ServerPool
+from pytest_kld.engines.sglang.client import ServedModel
+from pytest_kld.engines.sglang.engine import SGLangEngine
+from pytest_kld.engines.sglang.pool import ServerPool
 from pytest_kld.errors import CaptureError, ServerError
 from pytest_kld.head import check_head
 from pytest_kld.models import ModelSpec
@@ -400,7 +400,7 @@ def test_a_running_server_with_a_key_is_used_by_its_url(
     shared = pytester.path / "shared"
     shared.mkdir()
     log = pytester.path / "server.log"
-    from pytest_kld.server import Server, ServerCommand, free_port
+    from pytest_kld.servers.server import Server, ServerCommand, free_port
 
     port = free_port()
     server = Server(

@@ -6,8 +6,8 @@ import shlex
 
 import pytest
 
-from pytest_kld.engines.sglang_arguments import check_arguments, flags, gpus_needed, numeric_arguments, parse_command
-from pytest_kld.engines.sglang_hints import hint
+from pytest_kld.engines.sglang.arguments import check_arguments, flags, gpus_needed, numeric_arguments, parse_command
+from pytest_kld.engines.sglang.hints import hint
 from pytest_kld.errors import ServerError
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from test_server import SCRIPT
 
-from pytest_kld.engines import sglang_client
-from pytest_kld.engines.sglang_client import ServedModel
+from pytest_kld.engines.sglang import client as sglang_client
+from pytest_kld.engines.sglang.client import ServedModel
 from pytest_kld.errors import ServerError
 from pytest_kld.models import ModelSpec
-from pytest_kld.server import Server, ServerCommand, free_port
+from pytest_kld.servers.server import Server, ServerCommand, free_port
 
 MODEL = ModelSpec(name="org/model")
 

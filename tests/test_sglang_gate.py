@@ -16,7 +16,7 @@ from conftest import MakeModel
 from sglang_cpu.environment import SGLangEnvironment
 from transformers import LlamaConfig, Qwen3MoeConfig
 
-from pytest_kld.server import Server, ServerCommand, free_port
+from pytest_kld.servers.server import Server, ServerCommand, free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.sglang]
 

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pytest_kld.tokens import CLASSES, Tokens
+from pytest_kld.diagnosis.tokens import CLASSES, Tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 
 from pytest_kld import __version__
 from pytest_kld.errors import PatchError
-from pytest_kld.gpus import query_gpus
 from pytest_kld.patching import Installation, State
+from pytest_kld.servers.gpus import query_gpus
 from pytest_kld.sglang_hook.protocol import PROTOCOL
 
 

@@ -13,8 +13,8 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pytest_kld.positions import Booleans, Floats, Integers, Positions
-    from pytest_kld.tokens import Tokens
+    from pytest_kld.diagnosis.positions import Booleans, Floats, Integers, Positions
+    from pytest_kld.diagnosis.tokens import Tokens
 
 
 class Pattern(TypedDict):

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_kld import __version__
-from pytest_kld.engines.sglang_arguments import LAUNCH, ONE_WINDOW_A_BATCH, check_arguments, gpus_needed, has_flag
-from pytest_kld.engines.sglang_hints import hint
+from pytest_kld.engines.sglang.arguments import LAUNCH, ONE_WINDOW_A_BATCH, check_arguments, gpus_needed, has_flag
+from pytest_kld.engines.sglang.hints import hint
 from pytest_kld.errors import ServerError
-from pytest_kld.leases import lease, lease_directory, visible_gpus
-from pytest_kld.server import Server, ServerCommand, free_port
+from pytest_kld.servers.leases import lease, lease_directory, visible_gpus
+from pytest_kld.servers.server import Server, ServerCommand, free_port
 from pytest_kld.sglang_hook.protocol import CAPTURE_DIR_VARIABLE, PROTOCOL
 
 if TYPE_CHECKING:

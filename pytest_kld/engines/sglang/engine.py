@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_kld.engines import ModelFacts
 from pytest_kld.engines.checkpoint import read_facts
-from pytest_kld.engines.sglang_arguments import check_arguments, numeric_arguments
-from pytest_kld.engines.sglang_client import ServedModel, server_description
+from pytest_kld.engines.sglang.arguments import check_arguments, numeric_arguments
+from pytest_kld.engines.sglang.client import ServedModel, server_description
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pytest_kld.engines.sglang_servers import ServerPool
+    from pytest_kld.engines.sglang.pool import ServerPool
     from pytest_kld.models import ModelSpec
 
 

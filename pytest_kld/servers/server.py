@@ -75,7 +75,7 @@ class Server:
         with command.log.open("wb") as log:
             # Standard input is the supervisor's lifeline: when this process dies, it ends, and so does the server.
             self._supervisor = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-m", "pytest_kld.supervisor", str(command.grace), *command.argv],
+                [sys.executable, "-m", "pytest_kld.servers.supervisor", str(command.grace), *command.argv],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,

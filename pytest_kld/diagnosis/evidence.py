@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pytest_kld.positions import Positions
+from pytest_kld.diagnosis.positions import Positions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -35,7 +35,7 @@ from pytest_kld.sglang_hook.protocol import (
 )
 
 if TYPE_CHECKING:
-    from pytest_kld.engines.sglang_servers import ServerHandle, ServerPool
+    from pytest_kld.engines.sglang.pool import ServerHandle, ServerPool
     from pytest_kld.models import ModelSpec
     from pytest_kld.windows import Windows
 

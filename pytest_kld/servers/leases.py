@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from pytest_kld.errors import ServerError
-from pytest_kld.gpus import query_gpus
+from pytest_kld.servers.gpus import query_gpus
 
 _SECONDS_BETWEEN_TRIES = 1.0
 
