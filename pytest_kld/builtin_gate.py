@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pytest_kld.fixtures import KLD
+    from pytest_kld.facade import KLD
 
 
 def test_kld(kld: KLD) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from pytest_kld.config import CONFIG
 from pytest_kld.errors import CacheError
-from pytest_kld.fixtures import KLD, backend_of, candidate_label, reference_label
+from pytest_kld.facade import KLD
+from pytest_kld.fixtures import backend_of, candidate_label, reference_label
 from pytest_kld.gate import Verdict
 from pytest_kld.report import terminal
 from pytest_kld.report.diagnosis import diagnosis_lines

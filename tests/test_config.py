@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_kld.config import OPTIONS
 from pytest_kld.gate import LIMITS
+from pytest_kld.options import OPTIONS
 
 if TYPE_CHECKING:
     from conftest import Gate

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from pytest_kld import fixtures, plugin
-from pytest_kld.config import OPTIONS
-from pytest_kld.fixtures import KLD
+from pytest_kld.facade import KLD
 from pytest_kld.gate import LIMITS
+from pytest_kld.options import OPTIONS
 from pytest_kld.scores import Summary
 
 ROOT = Path(__file__).parent.parent

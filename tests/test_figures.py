@@ -13,7 +13,7 @@ import torch
 
 from pytest_kld.compare import compare
 from pytest_kld.errors import ScoresError
-from pytest_kld.fixtures import KLD
+from pytest_kld.facade import KLD
 from pytest_kld.gate import LIMITS, judge, needs_extended
 from pytest_kld.measurement import Measurement
 from pytest_kld.progress import Silent
