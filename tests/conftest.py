@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; set before torch and for its children
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
