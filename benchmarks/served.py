@@ -43,12 +43,14 @@ def main() -> None:
     """Measure and print two tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", type=Path, default=Path("quickstart/models"), help="where the models are, or go")
+    parser.add_argument("--dtype", default="float32", help="the models'; bfloat16 is slow without hardware for it")
     parser.add_argument("--windows", type=int, default=16, help="windows of 512 tokens")
     options = parser.parse_args()
     reference, candidates = make_models(options.models)
     windows = cut(reference, options.windows)
     with tempfile.TemporaryDirectory(prefix="kld-benchmark-") as work:
-        environment = sglang_environment(Path(work, "hook"))
+        environment = sglang_environment(Path(work, "hook")).with_dtype(options.dtype)
+        print(f"{os.cpu_count()} cores, SmolLM2-135M in {options.dtype}, {windows.count} windows of {SIZE} tokens.\n")
         overhead(reference.resolve(), windows, environment, Path(work))
         verdict(reference.resolve(), candidates[0].resolve(), windows, environment, Path(work))
 
@@ -77,8 +79,6 @@ def overhead(model: Path, windows: Windows, environment: SGLangEnvironment, work
         }
         times = alternate(senders, windows.count)
     base = statistics.median(times["no hook"])
-    what = f"SmolLM2-135M in bfloat16, {windows.count} windows of {SIZE} tokens, one at a time"
-    print(f"\n{os.cpu_count()} cores, {what}.\n")
     print("| | s per window, median (min) | over no hook, median of pairs | boot, s |\n|---|---|---|---|")
     for name, boot in (("no hook", plain_boot), ("ours", ours_boot), ("original", original_boot)):
         pairs = [one - other for one, other in zip(times[name], times["no hook"], strict=True)]

@@ -42,16 +42,16 @@ def test_sglang_and_transformers_agree_on_a_real_model(
         *("--kld-windows=6", "--kld-window-size=512", "--kld-stride=512", f"--kld-cache-dir={tmp_path / 'cache'}"),
     ]
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    served, by_sglang = gate(tmp_path, *common, *environment.options())
+    sglang = environment.with_dtype("float32").options()
+    served, by_sglang = gate(tmp_path, *common, *sglang)
     assert served.returncode == pytest.ExitCode.TESTS_FAILED, served.stdout + served.stderr
-    _, by_transformers = gate(tmp_path, *common, "--kld-engine=transformers", "--kld-dtype=bfloat16")
+    _, by_transformers = gate(tmp_path, *common, "--kld-engine=transformers")
     assert [result["outcome"] for result in by_sglang] == ["passed", "failed"]
     assert [result["outcome"] for result in by_transformers] == ["passed", "failed"]
     for ours, theirs in zip(by_sglang, by_transformers, strict=True):
-        # The engines' own rounding in bfloat16 is about 2e-3 nats.
-        assert ours["figures"]["mean"] == pytest.approx(theirs["figures"]["mean"], rel=0.05, abs=3e-3)
-        assert ours["figures"]["reference_ppl"] == pytest.approx(theirs["figures"]["reference_ppl"], rel=0.01)
-    again, repeated = gate(tmp_path, *common, *environment.options())
+        for figure in ("mean", "median", "p99", "max", "reference_ppl", "candidate_ppl"):
+            assert ours["figures"][figure] == pytest.approx(theirs["figures"][figure], rel=0.01, abs=1e-5)
+    again, repeated = gate(tmp_path, *common, *sglang)
     assert "booting" not in again.stdout
     assert [result["figures"] for result in repeated] == [result["figures"] for result in by_sglang]
 
