@@ -15,9 +15,12 @@ from pathlib import Path
 import requests
 
 from pytest_kld.errors import ServerError
+from pytest_kld.servers import supervisor
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 _HEALTH_TIMEOUT_SECONDS = 30
+_SECONDS_TO_KILL = 30
+"""How long killing may take, after the time a server is given to end by itself."""
 _TAIL_LINES = 40
 _TAIL_BYTES = 256 << 10
 _LINE_CHARACTERS = 300
@@ -75,7 +78,7 @@ class Server:
         with command.log.open("wb") as log:
             # Standard input is the supervisor's lifeline: when this process dies, it ends, and so does the server.
             self._supervisor = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-m", "pytest_kld.servers.supervisor", str(command.grace), *command.argv],
+                [sys.executable, "-I", supervisor.__file__, str(command.grace), *command.argv],  # not by its PYTHONPATH
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -132,11 +135,18 @@ class Server:
         return log_tail(self.log)
 
     def stop(self) -> None:
-        """End the server and everything that it started, and see that all of it is gone."""
+        """End the server and everything that it started, and see that all of it is gone.
+
+        Raises:
+            ServerError: something of it is still there.
+
+        """
         if self._supervisor.poll() is None:
             self._supervisor.send_signal(signal.SIGTERM)
         try:
-            self._supervisor.wait(timeout=self.command.grace + 30)
+            self._supervisor.wait(timeout=self.command.grace + _SECONDS_TO_KILL)
+        except subprocess.TimeoutExpired:
+            raise self.failure(f"the server does not end; its supervisor is process {self.pid}") from None
         finally:
             if self._supervisor.stdin is not None:
                 self._supervisor.stdin.close()

@@ -1,4 +1,4 @@
-"""Runs a command and answers for its whole process tree: `python -m pytest_kld.servers.supervisor GRACE COMMAND …`.
+"""Runs a command and answers for its whole process tree: `python -I supervisor.py GRACE COMMAND …`.
 
 The command and everything that it starts are gone when this ends, and this ends when the command does, on SIGTERM
 or SIGINT, or when the other end of standard input is closed: the parent holds that open, so its death, however
