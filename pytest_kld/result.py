@@ -80,16 +80,22 @@ class GateResult:
     @property
     def notes(self) -> list[str]:
         """Return what a reader of the figures should know about how they came about."""
-        if self.about is None:
-            return []
-        sides = [(self.about[side].get("key") or {}).get("engine") or {} for side in ("reference", "candidate")]
-        reference, candidate = (side.get("engine") for side in sides)
-        if None in (reference, candidate) or reference == candidate:
-            return []
-        return [
-            f"{self.candidate} ran in {candidate} and the reference in {reference}: part of the divergence is between "
-            "the engines, about 2e-3 nats in bfloat16"
+        found = []
+        if self.figures is not None and self.figures["max"] == 0:
+            found.append(
+                f"KLD of {self.candidate} is exactly 0 at every position: it computes what the reference does. Was the "
+                "same model named twice?"
+            )
+        sides = [
+            ((self.about or {}).get(side, {}).get("key") or {}).get("engine") for side in ("reference", "candidate")
         ]
+        reference, candidate = ((side or {}).get("engine") for side in sides)
+        if None not in (reference, candidate) and reference != candidate:
+            found.append(
+                f"{self.candidate} ran in {candidate} and the reference in {reference}: part of the divergence is "
+                "between the engines, about 2e-3 nats in bfloat16"
+            )
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""

@@ -207,3 +207,9 @@ def test_progress(request):
     assert all(len(line) < 80 and "\n" not in line for line in rewritten[:-1])
     assert "4/4 windows, done in 1." in rewritten[-1]
     assert "\nkld: a note" in shown.decode().replace("\r", "\n")
+
+
+def test_a_candidate_that_differs_nowhere_is_noted_and_passes(gate: Gate) -> None:
+    result = gate("--kld-max-mean=0.1", candidates=(gate.reference,))
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["note: KLD of * is exactly 0 at every position: *"])
