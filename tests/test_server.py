@@ -113,6 +113,12 @@ def test_the_server_ends_when_its_parent_does(number: signal.Signals, tmp_path: 
     assert gone(started)
 
 
+def test_a_free_port_leaves_room_for_the_ports_that_servers_add_to_it() -> None:
+    ports = {free_port() for _ in range(200)}
+    assert len(ports) > 150
+    assert max(ports) + 10_000 <= 65_535
+
+
 def test_other_processes_are_left_alone(tmp_path: Path) -> None:
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shlex
 import signal
 import socket
@@ -17,6 +18,7 @@ import requests
 from pytest_kld.errors import ServerError
 from pytest_kld.servers import supervisor
 
+_PORTS = range(20_000, 50_000)
 _SECONDS_BETWEEN_LOOKS = 0.5
 _HEALTH_TIMEOUT_SECONDS = 30
 _SECONDS_TO_KILL = 30
@@ -27,10 +29,22 @@ _LINE_CHARACTERS = 300
 
 
 def free_port() -> int:
-    """Return a port of 127.0.0.1 that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port of 127.0.0.1 that nobody listens on now.
+
+    It leaves room above: some releases of SGLang add 10,000 to their port for another one.
+
+    Raises:
+        ServerError: none of a hundred is free.
+
+    """
+    for port in random.sample(_PORTS, 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise ServerError(f"no port of 127.0.0.1 between {_PORTS.start:,} and {_PORTS.stop:,} is free")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
