@@ -74,6 +74,32 @@ def test_native_head_repeats_the_engines_rounding(
     assert exact.mean != pytest.approx(kl.mean(), abs=1e-6)
 
 
+@pytest.mark.filterwarnings("default")  # torch's compiler imports deprecated parts of torch
+def test_large_jobs_are_compiled_and_agree(
+    reference_dir: Path, candidate_dir: Path, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captures = [record(model, windows, tmp_path) for model in (reference_dir, candidate_dir)]
+    eager = scores_of(*captures, windows)
+    monkeypatch.setattr("pytest_kld.compare._WORTH_COMPILING", 0)
+    compiled = scores_of(*captures, windows)
+    assert (eager.about["kernel"], compiled.about["kernel"]) == ("eager", "compiled")
+    assert compiled.columns["kl"].mean() == pytest.approx(eager.columns["kl"].mean(), rel=1e-6)
+    np.testing.assert_allclose(compiled.columns["kl"], eager.columns["kl"], rtol=1e-4, atol=1e-9)
+
+
+def test_large_jobs_run_without_a_compiler_and_say_so(
+    reference_dir: Path, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture = record(reference_dir, windows, tmp_path)
+    monkeypatch.setattr("pytest_kld.compare._WORTH_COMPILING", 0)
+
+    def no_compiler(*_: Any) -> None:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr("torch.compile", lambda *_, **__: no_compiler)
+    assert scores_of(capture, capture, windows).about["kernel"] == "eager (torch.compile does not work here)"
+
+
 @pytest.mark.parametrize("store", ["hidden", "logits"])
 def test_identical_models_give_exactly_zero(store: Any, reference_dir: Path, windows: Windows, tmp_path: Path) -> None:
     once, again = (record(reference_dir, windows, tmp_path / name, store=store) for name in ("1", "2"))
