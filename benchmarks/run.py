@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import os
 import platform
 import statistics
 import subprocess

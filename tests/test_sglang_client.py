@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from test_server import SCRIPT
 
 from pytest_kld.engines.sglang import client as sglang_client
 from pytest_kld.engines.sglang.client import ServedModel
+from pytest_kld.engines.sglang.pieces import narrow
 from pytest_kld.errors import ServerError
 from pytest_kld.models import ModelSpec
 from pytest_kld.servers.server import Server, ServerCommand, free_port
@@ -80,3 +82,10 @@ def test_nobody_at_the_url_is_an_error_that_names_it(tmp_path: Path) -> None:
 )
 def test_a_server_of_another_model_is_told_by_its_name(served: str, same: bool) -> None:
     assert sglang_client._same_model(MODEL, served) is same
+
+
+def test_logits_are_narrowed_only_where_that_loses_nothing() -> None:
+    wide = torch.tensor([[1.5, float("nan"), float("-inf"), -20.125]])
+    assert narrow(wide, torch.bfloat16).dtype == torch.bfloat16
+    assert torch.equal(narrow(wide, torch.bfloat16).float().nan_to_num(), wide.nan_to_num())
+    assert narrow(wide + 1e-4, torch.bfloat16).dtype == torch.float32

@@ -19,7 +19,7 @@ from pytest_kld.sglang_hook.protocol import (
     parse_request_id,
     request_id,
 )
-from pytest_kld.sglang_hook.writer import Piece, Writer, copy_to_host, narrow
+from pytest_kld.sglang_hook.writer import Piece, Writer, copy_to_host
 
 
 def python(program: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -67,13 +67,6 @@ def test_our_request_ids_and_requests_survive_the_way() -> None:
     assert parse_request_id(request_id(run, 12)) == (run, 12)
     request = CaptureRequest(hidden=True, rows=(3, 5), head=True)
     assert CaptureRequest.from_json(json.loads(json.dumps(request.to_json()))) == request
-
-
-def test_logits_are_narrowed_only_where_that_loses_nothing() -> None:
-    wide = torch.tensor([[1.5, float("nan"), float("-inf"), -20.125]])
-    assert narrow(wide, torch.bfloat16).dtype == torch.bfloat16
-    assert torch.equal(narrow(wide, torch.bfloat16).float().nan_to_num(), wide.nan_to_num())
-    assert narrow(wide + 1e-4, torch.bfloat16).dtype == torch.float32
 
 
 def test_pieces_appear_whole_and_a_failed_write_is_reported(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ class Recorder:
         else:
             tensors["logits"] = copy_to_host(logits[offset : offset + stop - start])
         path = segment.run.path / piece_file(segment.window, position)
-        self._writer.put(Piece(path, tensors, narrow_to=hidden.dtype))
+        self._writer.put(Piece(path, tensors))
 
     @contextmanager
     def _reporting(self, current: Pass) -> Iterator[None]:

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import requests
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pytest_kld import __version__
 from pytest_kld.engines import ModelFacts, Prefill
+from pytest_kld.engines.sglang.description import headers
+from pytest_kld.engines.sglang.pieces import covers, first_row, join, narrow, reaches, read_piece
 from pytest_kld.errors import CaptureError, ServerError
 from pytest_kld.head import Head
 from pytest_kld.sglang_hook.protocol import (
@@ -52,29 +53,6 @@ _GREETING = (0, 1)
 """Token ids of the request that is answered with the handshake."""
 _SERVED_TOLERANCE = 1e-3
 """Nats by which a log-prob that the server returns may differ from the captured logits': rounding in float32."""
-_VOLATILE = (
-    "internal_states",
-    "random_seed",
-    "port",
-    "host",
-    "nccl_port",
-    "dist_init_addr",
-    "node_rank",
-    "status",
-    "log_",
-    "key",
-    "token",
-    "password",
-    "max_",
-    "metrics",
-    "watchdog",
-    "served_model_name",
-    "tokenizer",
-    "crash_dump",
-    "time",
-    "command",
-)
-"""Parts of names in `/server_info` that are secret, change from one start to the next, or move no logit."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -176,16 +154,16 @@ class ServedModel:
     def _window(self, run: Path, request: CaptureRequest, index: int, token_ids: np.ndarray[Any, Any]) -> Prefill:
         answer = self._ask(run, index, token_ids.tolist())
         pieces = self._pieces(run, index, len(token_ids))
-        if not torch.equal(_join(pieces, "token_ids").to(torch.int32), torch.from_numpy(token_ids)):
+        if not torch.equal(join(pieces, "token_ids").to(torch.int32), torch.from_numpy(token_ids)):
             raise CaptureError(f"{self.label}, window {index}: the server ran other token ids than it was sent")
-        logits = _join(pieces, "logits")
+        logits = narrow(join(pieces, "logits"), getattr(torch, self.handshake["dtype"]))
         positions = torch.cat([p["rows"] for p in pieces]).tolist() if request.hidden else list(range(len(token_ids)))
         if len(logits) != len(positions) or (request.hidden and tuple(positions) != request.rows):
             raise CaptureError(f"{self.label}, window {index}: the hook wrote other rows than were asked for")
         self._check_served(index, answer, token_ids, positions, logits)
         for path in run.glob(f"{index}.*.safetensors"):
             path.unlink()
-        hidden = _join(pieces, "hidden") if request.hidden else None
+        hidden = join(pieces, "hidden") if request.hidden else None
         return Prefill(window=index, hidden=hidden, logits=logits)
 
     def _ask(self, run: Path, index: int, token_ids: Sequence[int]) -> dict[str, Any]:
@@ -199,7 +177,7 @@ class ServedModel:
         what = f"{self.label}, window {index}"
         try:
             answer = requests.post(
-                f"{self.url}/generate", json=body, headers=_headers(self.api_key), timeout=_ANSWER_TIMEOUT_SECONDS
+                f"{self.url}/generate", json=body, headers=headers(self.api_key), timeout=_ANSWER_TIMEOUT_SECONDS
             )
         except requests.RequestException as error:
             raise self._failure(f"{what}: the server {self.url} does not answer: {error}") from error
@@ -218,14 +196,14 @@ class ServedModel:
         def complete() -> bool:
             for path in run.glob(f"{index}.*.safetensors"):
                 found[int(path.name.split(".")[1])] = path
-            return _covers(found, count)
+            return covers(found, count)
 
         self._wait_for(run, complete, f"window {index}")
         pieces, position = [], 0
         for start in sorted(found):
             if start < position:
                 continue  # a prefill that was started again: the rows are there already
-            piece = _read(found[start])
+            piece = read_piece(found[start])
             pieces.append(piece)
             position = start + len(piece["token_ids"])
         return pieces
@@ -241,11 +219,11 @@ class ServedModel:
                 for rank in range(ranks):
                     path = run / head_file(rank)
                     if path.is_file() and path not in parts.values():
-                        parts[_first_row(path)] = path
-                return _reaches(parts, vocab_size)
+                        parts[first_row(path)] = path
+                return reaches(parts, vocab_size)
 
             self._wait_for(run, complete, "the head")
-            tensors = [_read(parts[start]) for start in sorted(parts)]
+            tensors = [read_piece(parts[start]) for start in sorted(parts)]
         head = self.handshake["head"]
         return Head(
             weight=torch.cat([part["weight"] for part in tensors]),
@@ -348,79 +326,8 @@ class ServedModel:
         return self.pool.failure(self.server, what)
 
 
-def server_description(url: str, api_key: str | None) -> dict[str, Any]:
-    """Return what determines the bits of a running server's captures: its version and arguments.
-
-    Raises:
-        ServerError: it does not answer.
-
-    """
-    try:
-        answer = requests.get(f"{url.rstrip('/')}/get_server_info", headers=_headers(api_key), timeout=60)
-        answer.raise_for_status()
-        told: dict[str, Any] = answer.json()
-    except (requests.RequestException, ValueError) as error:
-        raise ServerError(
-            f"the server {url} does not answer: {error}. See --kld-ref-url, --kld-candidate-url and, if it wants a "
-            "key, --kld-api-key-env."
-        ) from error
-    version = told.pop("version", None)
-    arguments = {
-        name: value
-        for name, value in told.items()
-        if isinstance(value, str | int | float | bool | list)
-        and not any(part in name for part in _VOLATILE)
-        and not (api_key and api_key in str(value))
-    }
-    return {"versions": {"sglang": version}, "arguments": arguments}
-
-
-def _headers(api_key: str | None) -> dict[str, str]:
-    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
-
-
 def _same_model(model: ModelSpec, served: str) -> bool:
     """Tell whether a server's name for its model is ours: the same path or id, or the same under another mount."""
     mine = model.source.rstrip("/")
     cached = f"models--{model.name.replace('/', '--')}"
     return served == mine or served.rsplit("/", 1)[-1] == mine.rsplit("/", 1)[-1] or cached in served.split("/")
-
-
-def _covers(pieces: dict[int, Path], count: int) -> bool:
-    position = 0
-    for start in sorted(pieces):
-        if start > position:
-            return False
-        position = max(position, start + _length(pieces[start], "token_ids"))
-    return position >= count
-
-
-def _reaches(parts: dict[int, Path], vocab_size: int) -> bool:
-    position = 0
-    for start in sorted(parts):
-        if start != position:
-            return False
-        position += _length(parts[start], "weight")
-    return position >= vocab_size
-
-
-def _length(path: Path, name: str) -> int:
-    with safe_open(path, framework="pt") as file:
-        return int(file.get_slice(name).get_shape()[0])
-
-
-def _first_row(path: Path) -> int:
-    with safe_open(path, framework="pt") as file:
-        return int(file.metadata()["start"])
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
-        raise CaptureError(f"cannot read {path}: {error}") from error
-
-
-def _join(pieces: Sequence[dict[str, Tensor]], name: str) -> Tensor:
-    return torch.cat([piece[name] for piece in pieces])

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from pytest_kld.engines import ModelFacts
 from pytest_kld.engines.checkpoint import read_facts
 from pytest_kld.engines.sglang.arguments import check_arguments, numeric_arguments
-from pytest_kld.engines.sglang.client import ServedModel, server_description
+from pytest_kld.engines.sglang.client import ServedModel
+from pytest_kld.engines.sglang.description import server_description
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,0 +1,70 @@
+"""The files that the hook writes: rows of windows, and each rank's part of the head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pytest_kld.errors import CaptureError
+
+
+def covers(pieces: dict[int, Path], count: int) -> bool:
+    """Tell whether pieces, by their first positions, hold all rows of a window."""
+    position = 0
+    for start in sorted(pieces):
+        if start > position:
+            return False
+        position = max(position, start + _length(pieces[start], "token_ids"))
+    return position >= count
+
+
+def reaches(parts: dict[int, Path], vocab_size: int) -> bool:
+    """Tell whether parts of the head, by their first rows, hold the whole vocabulary."""
+    position = 0
+    for start in sorted(parts):
+        if start != position:
+            return False
+        position += _length(parts[start], "weight")
+    return position >= vocab_size
+
+
+def _length(path: Path, name: str) -> int:
+    with safe_open(path, framework="pt") as file:
+        return int(file.get_slice(name).get_shape()[0])
+
+
+def first_row(path: Path) -> int:
+    """Return the token id that a part of the head begins with."""
+    with safe_open(path, framework="pt") as file:
+        return int(file.metadata()["start"])
+
+
+def read_piece(path: Path) -> dict[str, Tensor]:
+    """Read one file.
+
+    Raises:
+        CaptureError: it cannot be read.
+
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise CaptureError(f"cannot read {path}: {error}") from error
+
+
+def join(pieces: Sequence[dict[str, Tensor]], name: str) -> Tensor:
+    """Put the rows of consecutive pieces together."""
+    return torch.cat([piece[name] for piece in pieces])
+
+
+def narrow(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return logits in the dtype that the product was made in, where widening them was all that happened since."""
+    narrowed = logits.to(dtype)
+    widened = narrowed.to(logits.dtype)
+    same = (widened == logits) | (widened.isnan() & logits.isnan())
+    return narrowed if bool(same.all()) else logits
