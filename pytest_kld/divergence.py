@@ -201,20 +201,22 @@ def compiled_reduction() -> Reduction:
     Compiling takes some 20 seconds for each width, and a C++ compiler (on CUDA: Triton), so it pays for large jobs
     only. It is written for float32; float64 is reduced by `eager_reduction`.
     """
-    from torch._dynamo import mark_dynamic  # loads the compiler, a second
+    from torch._dynamo import mark_dynamic, mark_static  # loads the compiler, which takes a second
 
     with warnings.catch_warnings(action="ignore"):  # torch's compiler uses what torch deprecates
         one_pass = torch.compile(_one_pass, options=_ONE_LOOP)
 
     def reduction(z_r: Tensor, z_c: Tensor) -> Reduced:
-        if z_r.dtype != torch.float32:
+        if z_r.dtype != torch.float32 or len(z_r) < 2:  # one row would be compiled apart
             return eager_reduction(z_r, z_c)
         whole = z_r.shape[1] - z_r.shape[1] % min(_TILE_COLUMNS, z_r.shape[1])
         # An empty row of −inf would do for a whole number of tiles, but amax refuses it.
         rest_r, rest_c = (functional.pad(z[:, whole:], (0, 1), value=-math.inf).amax(-1) for z in (z_r, z_c))
         arguments = z_r[:, :whole], z_c[:, :whole], rest_r, rest_c
         for tensor in arguments:
-            mark_dynamic(tensor, 0)  # compiled once for any number of rows
+            mark_dynamic(tensor, 0)  # compiled once for any number of rows, and for each width apart
+        for matrix in arguments[:2]:
+            mark_static(matrix, 1)
         tiles_r, tiles_c, *parts = one_pass(*arguments)
         m_r, argmax_r = _row_max(z_r, torch.cat([tiles_r, rest_r[:, None]], -1))
         m_c, argmax_c = _row_max(z_c, torch.cat([tiles_c, rest_c[:, None]], -1))

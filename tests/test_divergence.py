@@ -303,9 +303,13 @@ def test_an_impossible_label_has_infinite_nll() -> None:
     assert figures.reference_nll.item() == pytest.approx(math.log(VOCAB))
 
 
-def test_no_rows_give_no_figures() -> None:
-    figures = divergence(torch.empty(0, VOCAB), torch.empty(0, VOCAB), torch.empty(0, dtype=torch.int64))
-    assert all(len(getattr(figures, field.name)) == 0 for field in fields(Divergence))
+@both_reductions
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_any_number_of_rows_will_do(reduction: Reduction, rows: int) -> None:
+    reference, candidate = np.random.default_rng(9).normal(size=(2, rows, VOCAB))
+    figures = compare(reference, candidate, reduction)
+    assert all(getattr(figures, field.name).shape == (rows,) for field in fields(figures))
+    np.testing.assert_allclose(figures.kl, oracle(reference, candidate), rtol=2e-6)
 
 
 @both_reductions
