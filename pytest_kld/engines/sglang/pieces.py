@@ -11,6 +11,9 @@ from torch import Tensor
 
 from pytest_kld.errors import CaptureError
 
+_NARROWED_ROWS = 64
+"""Rows that are compared at a time, to bound memory."""
+
 
 def covers(pieces: dict[int, Path], count: int) -> bool:
     """Tell whether pieces, by their first positions, hold all rows of a window."""
@@ -65,6 +68,8 @@ def join(pieces: Sequence[dict[str, Tensor]], name: str) -> Tensor:
 def narrow(logits: Tensor, dtype: torch.dtype) -> Tensor:
     """Return logits in the dtype that the product was made in, where widening them was all that happened since."""
     narrowed = logits.to(dtype)
-    widened = narrowed.to(logits.dtype)
-    same = (widened == logits) | (widened.isnan() & logits.isnan())
-    return narrowed if bool(same.all()) else logits
+    for wide, back in zip(logits.split(_NARROWED_ROWS), narrowed.split(_NARROWED_ROWS), strict=True):
+        same = (back.to(wide.dtype) == wide) | (back.isnan() & wide.isnan())
+        if not same.all():
+            return logits
+    return narrowed
