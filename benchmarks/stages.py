@@ -20,11 +20,12 @@ from pytest_kld.capture import Capture, write_tensors
 from pytest_kld.compare import compare
 from pytest_kld.corpus import load_corpus
 from pytest_kld.device import pick_device
-from pytest_kld.divergence import compiled_reduction, divergence, eager_reduction
+from pytest_kld.divergence import divergence
 from pytest_kld.engines.transformers import TransformersEngine
 from pytest_kld.models import ModelSpec
 from pytest_kld.progress import Silent
 from pytest_kld.recording import Recording
+from pytest_kld.reduction import compiled_reduction, eager_reduction
 from pytest_kld.windows import Windows, cut_windows, load_tokenizer
 
 SIZE = 512

@@ -11,9 +11,10 @@ import torch
 from pytest_kld import __version__
 from pytest_kld.capture import LogitsReader
 from pytest_kld.diagnosis.evidence import gather_evidence
-from pytest_kld.divergence import Divergence, Reduction, compiled_reduction, divergence, eager_reduction
+from pytest_kld.divergence import Divergence, divergence
 from pytest_kld.errors import CaptureError
 from pytest_kld.extended import Extended, extended_divergence
+from pytest_kld.reduction import Reduction, compiled_reduction, eager_reduction
 from pytest_kld.scores import COLUMNS, EXTENDED_COLUMNS, SCHEMA, Scores
 
 if TYPE_CHECKING:

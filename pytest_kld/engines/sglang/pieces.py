@@ -68,7 +68,8 @@ def join(pieces: Sequence[dict[str, Tensor]], name: str) -> Tensor:
 def narrow(logits: Tensor, dtype: torch.dtype) -> Tensor:
     """Return logits in the dtype that the product was made in, where widening them was all that happened since."""
     narrowed = logits.to(dtype)
-    for wide, back in zip(logits.split(_NARROWED_ROWS), narrowed.split(_NARROWED_ROWS), strict=True):
+    for start in range(0, len(logits), _NARROWED_ROWS):
+        wide, back = (rows[start : start + _NARROWED_ROWS] for rows in (logits, narrowed))
         same = (back.to(wide.dtype) == wide) | (back.isnan() & wide.isnan())
         if not same.all():
             return logits
