@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
+import time
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+_KEPT_SECONDS = 24 * 3600
+"""What was used within this time stays in a cache that is too large: another session may be at work on it."""
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# A cache of pytest-kld. See https://bford.info/cachedir/\n"
 
 
@@ -62,7 +67,7 @@ class Cache:
             on_wait: called once when somebody else holds it, before waiting.
 
         """
-        lock = FileLock(entry.with_name(f"{entry.name}.lock"))
+        lock = FileLock(_lock_file(entry))
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -104,6 +109,41 @@ class Cache:
         except OSError as error:
             raise CacheError(f"cannot remove the cache entry {entry}: {error}. Remove it by hand.") from error
 
+    def mark_used(self, made: Path) -> None:
+        """Note that an entry is used now, in the access time of its file (the manifest of a capture)."""
+        try:
+            os.utime(made, ns=(time.time_ns(), made.stat().st_mtime_ns))
+        except (FileNotFoundError, PermissionError):  # removed meanwhile, or somebody else's
+            return
+
+    def shrink(self, size: int) -> tuple[int, int]:
+        """Remove the entries that were used least recently, until the others fit; those of the last 24 hours stay.
+
+        Args:
+            size: bytes that entries may take together.
+
+        Returns:
+            How many entries were removed, and the bytes that are left.
+
+        Raises:
+            CacheError: one cannot be removed.
+
+        """
+        entries: dict[Path, tuple[float, int]] = {}
+        for path in [*self.root.glob("captures/*"), *self.root.glob("scores/*")]:
+            if path.suffix != ".lock":
+                entry = path.with_suffix("") if path.suffix == ".partial" else path
+                (used, taken), (last, more) = entries.get(entry, (0.0, 0)), _use_and_bytes(path)
+                entries[entry] = max(used, last), taken + more
+        total, removed = sum(taken for _, taken in entries.values()), 0
+        for entry, (used, taken) in sorted(entries.items(), key=lambda item: item[1]):
+            if total <= size or used > time.time() - _KEPT_SECONDS:
+                break
+            with suppress(Timeout), FileLock(_lock_file(entry)).acquire(timeout=0):
+                self.discard(entry)
+                total, removed = total - taken, removed + 1
+        return removed, total
+
     def require_free(self, needed_bytes: int, what: str) -> int:
         """Return the free bytes of the disk.
 
@@ -118,6 +158,21 @@ class Cache:
                 "disk space, choose another --kld-cache-dir, or fewer --kld-windows."
             )
         return free
+
+
+def _lock_file(entry: Path) -> Path:
+    return entry.with_name(f"{entry.name}.lock")
+
+
+def _use_and_bytes(path: Path) -> tuple[float, int]:
+    """Return when a file, or one of a directory, was read or written last, and their size."""
+    used, taken = 0.0, 0
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        with suppress(FileNotFoundError):  # somebody else removed it meanwhile
+            known = file.stat()
+            if stat.S_ISREG(known.st_mode):  # a directory's access time is of looking into it, as here
+                used, taken = max(used, known.st_atime, known.st_mtime), taken + known.st_size
+    return used, taken
 
 
 def format_bytes(number: float) -> str:

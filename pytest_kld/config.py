@@ -70,6 +70,7 @@ class KLDConfig:
     store: Store
     head: HeadMode
     cache_dir: Path
+    cache_size: int | None
     refresh: bool
     junit: Path | None
     json: Path | None

@@ -96,7 +96,7 @@ def _kld_measurement(kld_config: KLDConfig, request: pytest.FixtureRequest) -> I
 
         measurement = Measurement(kld_config, TerminalProgress(request.config))
     yield measurement
-    measurement.engine.close()
+    measurement.close()
 
 
 @pytest.fixture(scope="session")

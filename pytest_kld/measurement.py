@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from pytest_kld.cache import Cache
+from pytest_kld.cache import Cache, format_bytes
 from pytest_kld.capture import MANIFEST, SCHEMA, Capture
 from pytest_kld.compare import compare, scores_key
 from pytest_kld.corpus import load_corpus
@@ -48,6 +48,24 @@ class Measurement:
         self.engine: Engine = make_engine(config, progress)
         self._origins: dict[Path, tuple[ModelSpec, Mapping[str, Any]]] = {}
         self._all_windows: Windows | None = None
+
+    def close(self) -> None:
+        """Shut down what runs, and keep the cache within its size.
+
+        Raises:
+            CacheError: an entry cannot be removed.
+
+        """
+        self.engine.close()
+        if self.config.cache_size is None:
+            return
+        removed, left = self.cache.shrink(self.config.cache_size)
+        if removed:
+            self.progress.note(f"removed {removed} entries from the cache, which holds {format_bytes(left)} now")
+        if left > self.config.cache_size:
+            self.progress.note(
+                f"the cache holds {format_bytes(left)}, more than --kld-cache-size: all of it was used within 24 hours"
+            )
 
     @cached_property
     def tokenizer_model(self) -> ModelSpec:
@@ -289,7 +307,10 @@ class Measurement:
 
     def _is_there(self, made: Path) -> bool:
         """Tell whether an entry may be used; with --kld-refresh only what was made since the session began."""
-        return made.is_file() and not (self.config.refresh and made.stat().st_mtime < self.config.started)
+        there = made.is_file() and not (self.config.refresh and made.stat().st_mtime < self.config.started)
+        if there:
+            self.cache.mark_used(made)
+        return there
 
     def _say_waiting(self, what: str) -> None:
         self.progress.note(f"waiting for another process that makes the {what}")

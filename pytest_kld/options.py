@@ -52,6 +52,9 @@ class Option:
         return f"kld_{self.name}"
 
 
+_UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+
+
 def _path(text: str, base: Path) -> Path:
     return (base / Path(text).expanduser()).resolve()
 
@@ -113,6 +116,14 @@ def _confidence(text: str, _: Path) -> float:
     if not 0.5 <= number < 1:
         raise ValueError(f"expected a number of at least 0.5 and below 1, e.g. 0.95, got {text!r}")
     return number
+
+
+def _size(text: str, _: Path) -> int:
+    number, unit = text.rstrip("kMGTB ").strip(), text.lstrip("0123456789. ")
+    try:
+        return round(float(number) * _UNITS[unit])
+    except (ValueError, KeyError):
+        raise ValueError(f"expected a size such as 500GB or 1.5TB, got {text!r}") from None
 
 
 def _device(text: str, _: Path) -> str:
@@ -348,6 +359,13 @@ OPTIONS: tuple[Option, ...] = (
         metavar="DIR",
         parse=_path,
         help="Directory for captures and scores. Default: pytest-kld in the user's cache directory.",
+    ),
+    Option(
+        name="cache_size",
+        metavar="SIZE",
+        parse=_size,
+        help="Greatest size of the cache, e.g. 500GB: when a session ends, captures and scores that were used least "
+        "recently are removed, but none of the last 24 hours. Default: no limit.",
     ),
     Option(name="refresh", flag=True, help="Capture and compare anew what the cache already holds."),
     Option(name="junit", metavar="FILE", parse=_report, help="Write a JUnit report: a suite per candidate."),

@@ -32,6 +32,7 @@ GOOD: dict[str, tuple[str, Any]] = {
     "confidence": ("0.9", 0.9),
     "inconclusive": ("skip", "skip"),
     "head": ("native", "native"),
+    "cache_size": ("1.5 GB", 1_500_000_000),
     "refresh": ("true", True),
 }
 """For each option that takes no path and no model: a text and what it means."""
@@ -57,6 +58,7 @@ BAD = [
     ("ref", "./nowhere", "it is no hub id (ORG/NAME[@REVISION])"),
     ("candidate", "a/b@", "it is no hub id (ORG/NAME[@REVISION])"),
     ("tokenizer", "", "is neither a model directory (no config.json) nor a capture"),
+    *(("cache_size", text, f"a size such as 500GB or 1.5TB, got '{text}'") for text in ("500", "-1GB", "GB", "5 PB")),
     ("junit", ".", "expected a file that can be written, got '.'"),
     ("json", "/dev/null/report.json", "expected a file that can be written, got '/dev/null/report.json'"),
     *((name, "-1", "of at least 0") for name in LIMITS),
@@ -119,7 +121,10 @@ def test_every_value_is_read(read: Any, gate: Gate, source: str) -> None:
         gate.pytester.makeini("[pytest]\n" + "\n".join(f"kld_{name} = {text}" for name, text in texts.items()))
         values = read()
     else:
-        quoted = {name: text if name in flags or text[0].isdigit() else f'"{text}"' for name, text in texts.items()}
+        quoted = {
+            name: text if name in flags or text.replace(".", "").isdigit() else f'"{text}"'
+            for name, text in texts.items()
+        }
         quoted |= {name: f"[{quoted[name]}]" for name in lists & set(quoted)}
         gate.pytester.makepyprojecttoml(
             "[tool.pytest]\n" + "\n".join(f"kld_{name} = {text}" for name, text in quoted.items())
