@@ -16,6 +16,7 @@ from recorded import load, own_logits, record
 from pytest_kld.compare import compare
 from pytest_kld.errors import CaptureError, ScoresError
 from pytest_kld.progress import Silent
+from pytest_kld.reduction import _one_pass
 from pytest_kld.scores import COLUMNS, Scores, Summary
 
 if TYPE_CHECKING:
@@ -87,16 +88,18 @@ def test_large_jobs_are_compiled_and_agree(
     np.testing.assert_allclose(compiled.columns["kl"], eager.columns["kl"], rtol=1e-4, atol=1e-9)
 
 
-def test_large_jobs_run_without_a_compiler_and_say_so(
-    reference_dir: Path, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fault", ["no compiler", "a wrong one"])
+def test_large_jobs_run_without_a_working_compiler_and_say_so(
+    fault: str, reference_dir: Path, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def compiled(*arguments: torch.Tensor) -> Any:
+        if fault == "no compiler":
+            raise RuntimeError("no C++ compiler")
+        return [result * 1.01 for result in _one_pass(*arguments)]
+
     capture = record(reference_dir, windows, tmp_path)
     monkeypatch.setattr("pytest_kld.compare._WORTH_COMPILING", 0)
-
-    def no_compiler(*_: Any) -> None:
-        raise RuntimeError("no C++ compiler")
-
-    monkeypatch.setattr("torch.compile", lambda *_, **__: no_compiler)
+    monkeypatch.setattr("torch.compile", lambda *_, **__: compiled)
     assert scores_of(capture, capture, windows).about["kernel"] == "eager (torch.compile does not work here)"
 
 
@@ -174,6 +177,7 @@ import numpy as np, torch
 from pytest_kld.capture import Capture, window_file, write_tensors
 from pytest_kld.compare import compare
 from pytest_kld.progress import Silent
+from pytest_kld.reduction import _one_pass
 from pytest_kld.scores import Summary
 from pytest_kld.windows import Windows
 
