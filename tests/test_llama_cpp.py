@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pytest_kld.divergence import concatenate, divergence
+from pytest_kld.divergence import divergence
 from pytest_kld.scores import Scores, Summary
 from pytest_kld.windows import Windows
 
@@ -39,16 +39,8 @@ def saved_logits(reference_dir: Path, candidate_dir: Path, windows: Windows, tmp
 def scores(saved_logits: Path, windows: Windows) -> Scores:
     """Our scores of those logits, at the positions that llama.cpp scores (and the last of each window)."""
     logits = load_file(saved_logits)
-    figures = concatenate(
-        [
-            divergence(
-                logits["reference"][i],
-                logits["candidate"][i],
-                torch.from_numpy(np.append(windows.token_ids[i, 1:], -1)),
-            )
-            for i in range(windows.count)
-        ]
-    )
+    labels = torch.from_numpy(np.append(windows.token_ids[:, 1:], np.full((windows.count, 1), -1), 1))
+    figures = divergence(logits["reference"].flatten(0, 1), logits["candidate"].flatten(0, 1), labels.flatten())
     shape = (windows.count, windows.size)
     columns = {name: getattr(figures, name).numpy().reshape(shape) for name in type(figures).__slots__}
     whole = Scores(columns={**columns, "token_ids": windows.token_ids}, about={"protocol": windows.protocol()})
