@@ -64,7 +64,8 @@ class Measurement:
             self.progress.note(f"removed {removed} entries from the cache, which holds {format_bytes(left)} now")
         if left > self.config.cache_size:
             self.progress.note(
-                f"the cache holds {format_bytes(left)}, more than --kld-cache-size: all of it was used within 24 hours"
+                f"the cache holds {format_bytes(left)}, more than --kld-cache-size: what is left is in use, "
+                "or was within 24 hours"
             )
 
     @cached_property
