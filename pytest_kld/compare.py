@@ -122,8 +122,8 @@ def _pick_reduction(
         compiled, eager = (divergence(z_r, z_c, labels, reduction=way) for way in (reduction, eager_reduction))
         for figure in fields(Divergence):  # a compiler may be there, and broken
             torch.testing.assert_close(getattr(compiled, figure.name), getattr(eager, figure.name), rtol=1e-4, atol=0)
-    except Exception:
-        return eager_reduction, "eager (torch.compile does not work here)"
+    except Exception as error:
+        return eager_reduction, f"eager (torch.compile does not work here: {type(error).__name__})"
     return reduction, "compiled"
 
 
