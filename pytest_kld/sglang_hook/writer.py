@@ -1,7 +1,7 @@
 """Writing beside the scheduler: copies to the host are started in its thread, files are written in another.
 
-The other thread computes nothing with torch. A second thread that does gets a second pool of OpenMP workers, and with
-more workers than cores the runtime stops spinning at barriers: on a CPU that made the model itself 15 % slower.
+The other thread computes nothing with torch: a second thread that does gets a second pool of OpenMP workers, and on a
+CPU the model itself was 15 % slower beside one.
 """
 
 from __future__ import annotations
