@@ -20,10 +20,11 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from pytest_kld.gate import LIMITS, judge
-from pytest_kld.rounds import schedule
-from pytest_kld.scores import COLUMNS, Scores, Summary
-from pytest_kld.uncertainty import intervals
+from pytest_kld.figures.schedule import schedule
+from pytest_kld.figures.scores import COLUMNS, Scores, Summary
+from pytest_kld.figures.uncertainty import intervals
+from pytest_kld.gate.limits import LIMITS
+from pytest_kld.gate.verdict import judge
 
 SIZE, STRIDE = 2048, 512
 SLOW, TOKEN, CONTEXT = 0.6, 1.1, 0.8

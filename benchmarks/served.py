@@ -24,17 +24,17 @@ sys.path[:0] = [str(ROOT / "conftest_examples" / "quickstart"), str(ROOT / "test
 from make_models import make_models  # noqa: E402 (from the directories above)
 from sglang_cpu.environment import SGLangEnvironment, sglang_environment  # noqa: E402
 
-from pytest_kld.corpus import load_corpus  # noqa: E402
-from pytest_kld.models import ModelSpec  # noqa: E402
-from pytest_kld.servers.server import Server, ServerCommand, free_port  # noqa: E402
-from pytest_kld.sglang_hook.protocol import (  # noqa: E402
+from pytest_kld.hook.protocol import (  # noqa: E402
     CAPTURE_DIR_VARIABLE,
     CaptureRequest,
     new_run,
     request_id,
     write_json_whole,
 )
-from pytest_kld.windows import Windows, cut_windows, load_tokenizer  # noqa: E402
+from pytest_kld.servers.server import Server, ServerCommand, free_port  # noqa: E402
+from pytest_kld.subjects.model import ModelSpec  # noqa: E402
+from pytest_kld.text.corpus import load_corpus  # noqa: E402
+from pytest_kld.text.windows import Windows, cut_windows, load_tokenizer  # noqa: E402
 
 SIZE = 512
 

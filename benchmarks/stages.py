@@ -15,18 +15,18 @@ import torch
 from original import compare_window, kl_per_position, save_window
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from pytest_kld.cache import Cache
-from pytest_kld.capture import Capture, write_tensors
-from pytest_kld.compare import compare
-from pytest_kld.corpus import load_corpus
-from pytest_kld.device import pick_device
-from pytest_kld.divergence import divergence
+from pytest_kld.captures.cache import Cache
+from pytest_kld.captures.capture import Capture, write_tensors
+from pytest_kld.captures.recording import Recording
 from pytest_kld.engines.transformers import TransformersEngine
-from pytest_kld.models import ModelSpec
+from pytest_kld.figures.compare import compare
+from pytest_kld.kernel.device import pick_device
+from pytest_kld.kernel.divergence import divergence
+from pytest_kld.kernel.reduction import compiled_reduction, eager_reduction
 from pytest_kld.progress import Silent
-from pytest_kld.recording import Recording
-from pytest_kld.reduction import compiled_reduction, eager_reduction
-from pytest_kld.windows import Windows, cut_windows, load_tokenizer
+from pytest_kld.subjects.model import ModelSpec
+from pytest_kld.text.corpus import load_corpus
+from pytest_kld.text.windows import Windows, cut_windows, load_tokenizer
 
 SIZE = 512
 

@@ -20,7 +20,7 @@ sys.path += [str(ROOT / "tests"), str(ROOT / "conftest_examples/quickstart")]
 from browser import Browser  # noqa: E402 (it is with the tests)
 from make_models import round_weights  # noqa: E402
 
-from pytest_kld.corpus import load_corpus  # noqa: E402
+from pytest_kld.text.corpus import load_corpus  # noqa: E402
 
 FORMATS = ("int8", "fp8", "nvfp4")
 LIMITS = ("--kld-max-mean=0.05", "--kld-max-p99=0.2", "--kld-min-top1=0.85")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pytest_kld.errors import PatchError
-from pytest_kld.patching import Installation, State
+from pytest_kld.hook.patching import Installation, State
 
 _CHECK_EXIT_CODES = {State.NOTHING_TO_PATCH: 0, State.PATCHED: 0, State.NOT_PATCHED: 1, State.MODIFIED: 2}
 _FAILED = 2

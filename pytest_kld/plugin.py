@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from pytest_kld.collection import (
+from pytest_kld.gate.figure import explain_comparison
+from pytest_kld.session.collection import (
     MARKER,
     add_builtin_gate,
     is_gated,
@@ -16,8 +17,8 @@ from pytest_kld.collection import (
     refuse_idle_markers,
     request_fixture_of_marked,
 )
-from pytest_kld.config import CONFIG, add_options, build_config
-from pytest_kld.fixtures import (  # noqa: F401 (pytest finds fixtures by their names in this module)
+from pytest_kld.session.config import CONFIG, add_options, build_config
+from pytest_kld.session.fixtures import (  # noqa: F401 (pytest finds fixtures by their names in this module)
     _kld_arguments,
     _kld_measurement,
     kld,
@@ -32,9 +33,8 @@ from pytest_kld.fixtures import (  # noqa: F401 (pytest finds fixtures by their 
     kld_server_env,
     kld_windows,
 )
-from pytest_kld.gate import explain_comparison
-from pytest_kld.gating import Results, attach_result, check_limits
-from pytest_kld.report.terminal import header
+from pytest_kld.session.gating import Results, attach_result, check_limits
+from pytest_kld.session.header import header
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

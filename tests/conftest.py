@@ -18,9 +18,9 @@ from sglang_cpu.environment import SGLangEnvironment, sglang_environment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
-from pytest_kld.corpus import load_corpus
-from pytest_kld.models import ModelSpec
-from pytest_kld.windows import Windows, cut_windows, load_tokenizer
+from pytest_kld.subjects.model import ModelSpec
+from pytest_kld.text.corpus import load_corpus
+from pytest_kld.text.windows import Windows, cut_windows, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from pytest_kld.gate import judge
-from pytest_kld.profile import profile_of
-from pytest_kld.result import GateResult, checks_of
-from pytest_kld.scores import Scores, Summary
-from pytest_kld.uncertainty import intervals
+from pytest_kld.figures.profile import profile_of
+from pytest_kld.figures.scores import Scores, Summary
+from pytest_kld.figures.uncertainty import intervals
+from pytest_kld.gate.result import GateResult, checks_of
+from pytest_kld.gate.verdict import judge
 
 WINDOWS, SIZE = 4, 32
 

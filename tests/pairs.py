@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from pytest_kld.capture import Capture
-from pytest_kld.compare import compare
+from pytest_kld.captures.capture import Capture
+from pytest_kld.figures.compare import compare
 from pytest_kld.progress import Silent
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pytest_kld.scores import Scores
-    from pytest_kld.windows import Windows
+    from pytest_kld.figures.scores import Scores
+    from pytest_kld.text.windows import Windows
 
 
 @torch.no_grad()

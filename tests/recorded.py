@@ -9,20 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from pytest_kld.cache import Cache
-from pytest_kld.capture import Capture
+from pytest_kld.captures.cache import Cache
+from pytest_kld.captures.capture import Capture
+from pytest_kld.captures.recording import Recording
 from pytest_kld.engines.transformers import TransformersEngine
-from pytest_kld.models import ModelSpec
 from pytest_kld.progress import Silent
-from pytest_kld.recording import Recording
+from pytest_kld.subjects.model import ModelSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from torch import Tensor, nn
 
-    from pytest_kld.config import Store
-    from pytest_kld.windows import Windows
+    from pytest_kld.captures.capture import Store
+    from pytest_kld.text.windows import Windows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pytest_kld.divergence import divergence
+from pytest_kld.kernel.divergence import divergence
 
 ORIGINAL = Path(__file__).parent.parent / "benchmarks" / "original.py"
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from pytest_kld import fixtures, plugin
-from pytest_kld.facade import KLD
-from pytest_kld.gate import LIMITS
-from pytest_kld.options import OPTIONS
-from pytest_kld.scores import Summary
+from pytest_kld import plugin
+from pytest_kld.figures.scores import Summary
+from pytest_kld.gate.limits import LIMITS
+from pytest_kld.session import fixtures
+from pytest_kld.session.kld import KLD
+from pytest_kld.session.options import OPTIONS
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")

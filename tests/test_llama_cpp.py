@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pytest_kld.divergence import divergence
-from pytest_kld.scores import Scores, Summary
-from pytest_kld.windows import Windows
+from pytest_kld.figures.scores import Scores, Summary
+from pytest_kld.kernel.divergence import divergence
+from pytest_kld.text.windows import Windows
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "llama-cpp.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| `(.+?)` \| .+? \| (.+?) \| `(.+?)` \|$", DOCUMENT, re.MULTILINE)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pytest_kld.scores import Scores, Summary
+from pytest_kld.figures.scores import Scores, Summary
 
 pytestmark = pytest.mark.slow
 

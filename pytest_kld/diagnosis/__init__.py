@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 
 from pytest_kld.diagnosis.patterns import Pattern, find_patterns
-from pytest_kld.diagnosis.positions import Positions
-from pytest_kld.diagnosis.tokens import CLASSES
+from pytest_kld.figures.positions import Positions
+from pytest_kld.text.tokens import CLASSES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from pytest_kld.diagnosis.tokens import Tokens
-    from pytest_kld.scores import Scores
+    from pytest_kld.figures.scores import Scores
+    from pytest_kld.text.tokens import Tokens
 
 CONFIDENCE_EDGES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 """Bounds of the buckets of reference confidence; the last one includes 1."""

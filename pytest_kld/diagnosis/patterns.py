@@ -13,8 +13,8 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pytest_kld.diagnosis.positions import Booleans, Floats, Integers, Positions
-    from pytest_kld.diagnosis.tokens import Tokens
+    from pytest_kld.figures.positions import Booleans, Floats, Integers, Positions
+    from pytest_kld.text.tokens import Tokens
 
 
 class Pattern(TypedDict):

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pytest_kld.head import Head
-    from pytest_kld.models import ModelSpec
-    from pytest_kld.windows import Windows
+    from pytest_kld.kernel.head import Head
+    from pytest_kld.subjects.model import ModelSpec
+    from pytest_kld.text.windows import Windows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from pytest_kld.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from pytest_kld.models import ModelSpec
+    from pytest_kld.subjects.model import ModelSpec
 
 
 def read_facts(model: ModelSpec, *, dtype: str, trust_remote_code: bool, arguments: Mapping[str, Any]) -> ModelFacts:

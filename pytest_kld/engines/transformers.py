@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from pytest_kld.device import pick_device
 from pytest_kld.engines import ModelFacts, Prefill
 from pytest_kld.engines.checkpoint import facts_of, read_facts, versions
 from pytest_kld.errors import CaptureError, ModelError
-from pytest_kld.head import Head
+from pytest_kld.kernel.device import pick_device
+from pytest_kld.kernel.head import Head
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from transformers import PreTrainedModel
 
-    from pytest_kld.models import ModelSpec
-    from pytest_kld.windows import Windows
+    from pytest_kld.subjects.model import ModelSpec
+    from pytest_kld.text.windows import Windows
 
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 """Config fields of a factor on the logits; some architectures multiply by theirs and some divide."""

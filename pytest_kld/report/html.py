@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from pytest_kld.result import GateResult
+    from pytest_kld.gate.result import GateResult
 
 _ASSETS = files("pytest_kld.report") / "assets"
 _LIBRARIES = ("d3", "plot")

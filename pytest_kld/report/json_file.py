@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from pytest_kld.result import GateResult
+    from pytest_kld.gate.result import GateResult
 
 SCHEMA_VERSION = 1
 """Raised whenever a field is renamed, removed, or changes its meaning."""

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 
+from pytest_kld.figures.interval import Interval
 from pytest_kld.files import write_atomically
-from pytest_kld.gate import LIMITS, Check
-from pytest_kld.interval import Interval
-from pytest_kld.result import GateResult, by_candidate
+from pytest_kld.gate.limits import LIMITS
+from pytest_kld.gate.result import GateResult, by_candidate
+from pytest_kld.gate.verdict import Check
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

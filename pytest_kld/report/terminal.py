@@ -6,30 +6,18 @@ import time
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from pytest_kld import __version__
-from pytest_kld.engines.selection import describe_engine
-from pytest_kld.gate import band
-from pytest_kld.result import GateResult, by_candidate, worst
+from pytest_kld.gate.result import GateResult, by_candidate, worst
+from pytest_kld.gate.verdict import band
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     import pytest
 
-    from pytest_kld.config import KLDConfig
 
 _SECONDS_BETWEEN_LINES = 10.0
 """On something that is no terminal a line is printed this often; on a terminal the line is rewritten."""
 _SECONDS_BETWEEN_REWRITES = 0.2
-
-
-def header(config: KLDConfig) -> str | None:
-    """Return the line for pytest's header, or None if there is nothing to gate."""
-    if config.ref is None and not config.candidate:
-        return None
-    reference = config.ref.label if config.ref else "none"
-    engine = describe_engine(config)
-    return f"kld: pytest-kld {__version__}, engine {engine}, reference {reference}, cache {config.cache_dir}"
 
 
 class TerminalProgress:

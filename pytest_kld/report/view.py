@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pytest_kld.gate import LIMITS
-from pytest_kld.result import GateResult, by_candidate, worst
+from pytest_kld.gate.limits import LIMITS
+from pytest_kld.gate.result import GateResult, by_candidate, worst
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

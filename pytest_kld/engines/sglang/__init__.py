@@ -1,1 +1,1 @@
-"""The engine of the mission: real SGLang servers. What runs inside them is `pytest_kld.sglang_hook`."""
+"""The engine of the mission: real SGLang servers. What runs inside them is `pytest_kld.hook`."""

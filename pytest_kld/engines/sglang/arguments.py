@@ -74,7 +74,7 @@ _NOT_NUMERIC = {
 """Flags that move no logit of a prefill. Whatever is not listed here is part of the cache key."""
 
 LAUNCH = ("-m", "sglang.launch_server")
-"""What a command that starts SGLang ends with; `-m pytest_kld.sglang_hook` in its place tells what is installed."""
+"""What a command that starts SGLang ends with; `-m pytest_kld.hook` in its place tells what is installed."""
 ONE_WINDOW_A_BATCH = "--prefill-max-requests"
 """With 1 the composition of a batch does not depend on timing, so a repeat is bit-identical."""
 

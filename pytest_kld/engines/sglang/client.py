@@ -22,8 +22,7 @@ from pytest_kld.engines import ModelFacts, Prefill
 from pytest_kld.engines.sglang.description import headers
 from pytest_kld.engines.sglang.pieces import covers, first_row, join, narrow, reaches, read_piece
 from pytest_kld.errors import CaptureError, ServerError
-from pytest_kld.head import Head
-from pytest_kld.sglang_hook.protocol import (
+from pytest_kld.hook.protocol import (
     CAPTURE_DIR_VARIABLE,
     HANDSHAKE_FILE,
     PROTOCOL,
@@ -34,11 +33,12 @@ from pytest_kld.sglang_hook.protocol import (
     request_id,
     write_json_whole,
 )
+from pytest_kld.kernel.head import Head
 
 if TYPE_CHECKING:
     from pytest_kld.engines.sglang.pool import ServerHandle, ServerPool
-    from pytest_kld.models import ModelSpec
-    from pytest_kld.windows import Windows
+    from pytest_kld.subjects.model import ModelSpec
+    from pytest_kld.text.windows import Windows
 
 _IN_FLIGHT = {True: 4, False: 2}
 """Requests at a time, for hidden states and for logits: the server is never idle, and memory is bounded."""

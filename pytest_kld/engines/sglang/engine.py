@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pytest_kld.engines.sglang.pool import ServerPool
-    from pytest_kld.models import ModelSpec
+    from pytest_kld.subjects.model import ModelSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

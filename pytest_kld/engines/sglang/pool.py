@@ -18,13 +18,13 @@ from pytest_kld import __version__
 from pytest_kld.engines.sglang.arguments import LAUNCH, ONE_WINDOW_A_BATCH, check_arguments, gpus_needed, has_flag
 from pytest_kld.engines.sglang.hints import hint
 from pytest_kld.errors import ServerError
+from pytest_kld.hook.protocol import CAPTURE_DIR_VARIABLE, PROTOCOL
 from pytest_kld.servers.leases import lease, lease_directory, visible_gpus
 from pytest_kld.servers.server import Server, ServerCommand, free_port
-from pytest_kld.sglang_hook.protocol import CAPTURE_DIR_VARIABLE, PROTOCOL
 
 if TYPE_CHECKING:
-    from pytest_kld.models import ModelSpec
     from pytest_kld.progress import Progress
+    from pytest_kld.subjects.model import ModelSpec
 
 _QUESTION_TIMEOUT_SECONDS = 300
 _KEPT_LOGS = 50
@@ -237,7 +237,7 @@ def _address(model: ModelSpec, port: int) -> list[str]:
 
 
 def _ask(command: Sequence[str], variables: Mapping[str, str]) -> Installed:
-    question = [*command[: -len(LAUNCH)], "-m", "pytest_kld.sglang_hook"]
+    question = [*command[: -len(LAUNCH)], "-m", "pytest_kld.hook"]
     try:
         answer = subprocess.run(  # noqa: S603
             question,

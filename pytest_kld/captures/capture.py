@@ -1,0 +1,331 @@
+"""The Capture: what one model said about every position of the windows, on disk.
+
+    capture.json                 the manifest: what this is, how it was made, checks, digests, complete: true
+    head.safetensors             weight [V, H] and bias [V]              (store `hidden`)
+    windows/00000.safetensors    token_ids [N], hidden [N, H], check_rows [K], check_logits [K, V]   (`hidden`)
+                                 token_ids [N], logits [N, V]            (`logits`)
+    0.safetensors                token_ids [N], log_probs [N, V] float32 (`logprobs`, the original layout)
+
+Directories of the original layout without a manifest are read as well; with two files a window (from servers that
+saved their speculative head too) the even-numbered ones count.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pytest_kld.errors import CaptureError
+from pytest_kld.files import atomic_path, sha256_of_file, sha256_of_json, write_json
+from pytest_kld.kernel.head import Head, HeadCheck, HeadMode, check_head
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from pytest_kld.text.windows import Windows
+
+Store = Literal["auto", "hidden", "logits", "logprobs"]
+SCHEMA = 1
+"""Version of the capture format; it is part of the cache key."""
+MANIFEST = "capture.json"
+HEAD_FILE = "head.safetensors"
+
+MATRIX = {"hidden": "hidden", "logits": "logits", "logprobs": "log_probs"}
+"""The name of a window's matrix, by store."""
+_WAY_OUT = "Delete that directory, or pass --kld-refresh where it is in the cache, to capture anew."
+_CHECKED_ELEMENTS = 1 << 22
+"""Logits from which on a group of check rows is recomputed and compared, in a few float32 matrices of that size."""
+
+
+def window_file(store: str, index: int) -> str:
+    """Return the name of a window's file within a capture."""
+    return f"{index}.safetensors" if store == "logprobs" else f"windows/{index:05d}.safetensors"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write a safetensors file, whole or not at all, and return its entry for the manifest."""
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    return file_entry(path)
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """Return a file's size and digest for the manifest."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A complete capture, opened for reading. See the module's docstring for the files.
+
+    Attributes:
+        path: its directory.
+        manifest: the contents of `capture.json`.
+
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path, windows: Windows | None = None) -> Capture:
+        """Open a capture. Cheap: names and sizes are checked here, contents by `verify`.
+
+        Args:
+            path: its directory.
+            windows: what it is expected to cover; needed for the original layout, which has no manifest.
+
+        Raises:
+            CaptureError: incomplete, of another schema, or not of these windows.
+
+        """
+        if (path / MANIFEST).is_file():
+            capture = cls(path=path, manifest=_read_manifest(path))
+        elif windows is not None:
+            capture = cls(path=path, manifest=_manifest_of_original_layout(path, windows.count))
+        else:
+            raise CaptureError(f"{path} holds no {MANIFEST}: it is not a capture")
+        for name, entry in capture.manifest["files"].items():
+            file = path / name
+            if not file.is_file() or file.stat().st_size != entry["bytes"]:
+                state = f"has {file.stat().st_size:,} bytes" if file.is_file() else "is missing"
+                raise CaptureError(f"{file} {state}, expected {entry['bytes']:,} bytes. {_WAY_OUT}")
+        if windows is not None:
+            capture._check_windows(windows)
+        return capture
+
+    @property
+    def name(self) -> str:
+        """Return the model's name for reports."""
+        return str(self.manifest["model"])
+
+    @property
+    def store(self) -> str:
+        """Return `hidden`, `logits` or `logprobs`."""
+        return str(self.manifest["store"])
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Return the number of columns of the logits, without padding."""
+        if self.manifest["vocab_size"] is None:  # the original layout leaves it to the shape
+            with self._open_window(0) as file:
+                return int(file.get_slice("log_probs").get_shape()[1])
+        return int(self.manifest["vocab_size"])
+
+    @property
+    def windows(self) -> int:
+        """Return the number of windows."""
+        return len(self.manifest["window_files"])
+
+    @cached_property
+    def digest(self) -> str:
+        """Return a digest of what this capture says, not of how it came about."""
+        described = {
+            name: self.manifest[name] for name in ("store", "vocab_size", "transforms", "window_files", "files")
+        }
+        return sha256_of_json(described)
+
+    def load_head(self) -> Head | None:
+        """Read the head, for the store `hidden`; None for the others."""
+        if self.store != "hidden":
+            return None
+        with self._open_file(HEAD_FILE) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return Head(weight=tensors["weight"], bias=tensors.get("bias"), **self.manifest["transforms"])
+
+    def token_ids(self, window: int) -> Tensor | None:
+        """Return a window's token ids [N], or None where the original layout kept none."""
+        with self._open_window(window) as file:
+            return file.get_tensor("token_ids") if "token_ids" in file.keys() else None  # noqa: SIM118
+
+    def rows(self, window: int, start: int, stop: int) -> Tensor:
+        """Read rows of a window: hidden states [n, H], logits or log-probs [n, V], as stored."""
+        with self._open_window(window) as file:
+            rows: Tensor = file.get_slice(MATRIX[self.store])[start:stop]
+            return rows
+
+    def verify(self) -> None:
+        """Check every byte against the manifest's digests and the head against the check rows.
+
+        Raises:
+            CaptureError: names the file that is corrupt, or says that the head is not the engine's.
+
+        """
+        for name, entry in self.manifest["files"].items():
+            if entry["sha256"] is not None and sha256_of_file(self.path / name) != entry["sha256"]:
+                raise CaptureError(f"{self.path / name} is corrupt: its SHA-256 is not the manifest's. {_WAY_OUT}")
+        if self.store == "hidden":
+            check = self.check_head()
+            if not check.faithful:
+                raise CaptureError(
+                    f"the capture {self.path} is invalid: logits recomputed from its hidden states differ from the "
+                    f"engine's own by {check.worst:.3g} times what the engine's dtype explains. {_WAY_OUT}"
+                )
+
+    def check_head(self) -> HeadCheck:
+        """Recompute the check rows of every window and compare; see `head.check_head`."""
+        head = self.load_head()
+        assert head is not None
+        checks, rows = [], 0
+        group: list[tuple[Tensor, Tensor]] = []
+        for window in range(self.windows):
+            group.append(self._check_rows(window))
+            rows += len(group[-1][0])
+            if rows * head.vocab_size >= _CHECKED_ELEMENTS or window == self.windows - 1:
+                hidden, logits = (torch.cat(tensors) for tensors in zip(*group, strict=True))
+                checks.append(check_head(head, hidden, logits))
+                group, rows = [], 0
+        return combine_checks(checks)
+
+    def _check_rows(self, window: int) -> tuple[Tensor, Tensor]:
+        with self._open_window(window) as file:
+            rows = [file.get_slice("hidden")[row : row + 1] for row in file.get_tensor("check_rows").tolist()]
+            return torch.cat(rows), file.get_tensor("check_logits")
+
+    def _check_windows(self, windows: Windows) -> None:
+        recorded = self.manifest["protocol"]
+        if recorded is None:
+            self._check_shapes(windows.size)
+            return
+        if recorded["token_ids_sha256"] != windows.digest:
+            theirs = ", ".join(f"{name} {recorded[name]}" for name in ("dataset", "windows", "window_size", "stride"))
+            raise CaptureError(
+                f"token ids differ: the capture {self.path} is of other windows ({theirs}, tokenizer "
+                f"{recorded['tokenizer']}) than this session's. Give the options that it was made with."
+            )
+
+    def _check_shapes(self, size: int) -> None:
+        """The original layout says nothing about its windows but by their shape."""
+        for window, name in enumerate(self.manifest["window_files"]):
+            with self._open_window(window) as file:
+                shape = file.get_slice(MATRIX[self.store]).get_shape()
+            if shape != [size, self.vocab_size]:
+                raise CaptureError(
+                    f"{self.path / name} has shape {shape}, expected {[size, self.vocab_size]} (positions, "
+                    "vocabulary). Give the --kld-window-size it was made with."
+                )
+
+    def _open_window(self, window: int) -> AbstractContextManager[Any]:
+        return self._open_file(self.manifest["window_files"][window])
+
+    @contextmanager
+    def _open_file(self, name: str) -> Iterator[Any]:
+        try:
+            with safe_open(self.path / name, framework="pt") as file:
+                yield file
+        except (OSError, SafetensorError) as error:
+            raise CaptureError(f"cannot read {self.path / name}: {error}. {_WAY_OUT}") from error
+
+
+def combine_checks(checks: list[HeadCheck]) -> HeadCheck:
+    """Combine checks of several windows into one."""
+    rows = sum(check.rows for check in checks)
+    return HeadCheck(
+        rows=rows,
+        worst=max(check.worst for check in checks),
+        mean_kl=sum(check.mean_kl * check.rows for check in checks if check.rows) / max(rows, 1),
+    )
+
+
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest of a finished capture, with a digest of itself."""
+    write_json(path / MANIFEST, {**manifest, "sha256": sha256_of_json(manifest)})
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        intact = manifest.pop("sha256") == sha256_of_json(manifest)
+        usable = manifest["schema"] == SCHEMA and manifest["complete"] is True
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CaptureError(f"the manifest {path / MANIFEST} is corrupt ({error!r}). {_WAY_OUT}") from error
+    if not intact:
+        raise CaptureError(f"the manifest {path / MANIFEST} is corrupt: its SHA-256 is another. {_WAY_OUT}")
+    if not usable:
+        raise CaptureError(
+            f"the capture {path} is incomplete or of schema {manifest['schema']}, not {SCHEMA}. {_WAY_OUT}"
+        )
+    return manifest
+
+
+def _manifest_of_original_layout(path: Path, windows: int) -> dict[str, Any]:
+    count = sum(1 for file in path.glob("*.safetensors") if file.stem.isdecimal())
+    if count == windows:
+        names = [f"{index}.safetensors" for index in range(windows)]
+    elif count == 2 * windows:
+        names = [f"{index}.safetensors" for index in range(0, count, 2)]
+    else:
+        raise CaptureError(
+            f"{path} holds {count} window files, and this session has {windows} windows: expected {windows}, or "
+            f"{2 * windows} where a speculative head was saved too. Give the --kld-windows it was made with."
+        )
+    if missing := [name for name in names if not (path / name).is_file()]:
+        raise CaptureError(f"{path / missing[0]} is missing")
+    sizes = {name: (path / name).stat() for name in names}
+    return {
+        "schema": SCHEMA,
+        "complete": True,
+        "key": None,
+        "model": path.name,
+        "engine": None,
+        "protocol": None,
+        "store": "logprobs",
+        "store_reason": f"original layout, {count} files for {windows} windows",
+        "vocab_size": None,
+        "transforms": None,
+        "checks": None,
+        "window_files": names,
+        # Without a manifest nobody knows what the bytes should be; the time stamp tells versions apart.
+        "files": {
+            name: {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": None} for name, stat in sizes.items()
+        },
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsReader:
+    """Reads a capture's logits in blocks of rows, recomputing them from hidden states where need be."""
+
+    capture: Capture
+    head: Head | None
+    mode: HeadMode
+    device: torch.device
+
+    @classmethod
+    def of(cls, capture: Capture, mode: HeadMode, device: torch.device) -> LogitsReader:
+        """Load the head to the device once, for all windows."""
+        head = capture.load_head()
+        return cls(capture, head.to(device) if head is not None else None, mode, device)
+
+    def logits(self, window: int, start: int, stop: int) -> Tensor:
+        """Return logits (or log-probs) [stop − start, V] on the device.
+
+        Raises:
+            CaptureError: the window holds fewer rows, or columns, than it should.
+
+        """
+        logits = self._from_rows(self.capture.rows(window, start, stop))
+        if logits.shape != (stop - start, self.capture.vocab_size):
+            raise CaptureError(
+                f"window {window} of {self.capture.path}: rows {start} to {stop} have shape {tuple(logits.shape)}, "
+                f"expected {(stop - start, self.capture.vocab_size)}"
+            )
+        return logits
+
+    def logits_at(self, positions: Sequence[tuple[int, int]]) -> Tensor:
+        """Return logits (or log-probs) [n, V] of single rows, each given by window and position, on the device."""
+        rows = [self.capture.rows(window, position, position + 1) for window, position in positions]
+        return self._from_rows(torch.cat(rows))
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        rows = rows.to(self.device)
+        return rows if self.head is None else self.head.logits(rows, self.mode)

@@ -1,0 +1,271 @@
+"""Recording: run a model over the windows and write its Capture, resuming what was interrupted."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pytest_kld import __version__
+from pytest_kld.captures.cache import Cache, format_bytes
+from pytest_kld.captures.capture import (
+    HEAD_FILE,
+    MATRIX,
+    SCHEMA,
+    Capture,
+    file_entry,
+    window_file,
+    write_manifest,
+    write_tensors,
+)
+from pytest_kld.errors import CaptureError, ModelError
+from pytest_kld.files import atomic_path, sha256_of_file
+from pytest_kld.kernel.head import Head, HeadCheck, check_head
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from pytest_kld.captures.capture import Store
+    from pytest_kld.engines import Engine, LoadedModel, ModelFacts, Prefill
+    from pytest_kld.progress import Progress
+    from pytest_kld.subjects.model import ModelSpec
+    from pytest_kld.text.windows import Windows
+
+_NEEDED_SLACK_BYTES = 1 << 20
+"""Manifest, token ids' headers and the like."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recording:
+    """One capture to be made.
+
+    Attributes:
+        engine: what runs the model.
+        model: the pinned model.
+        arguments: the engine's own arguments for it.
+        windows: what it runs over.
+        store: what is kept, as the user asked for it.
+        key: what determines the bits; names the cache entry.
+
+    """
+
+    engine: Engine
+    model: ModelSpec
+    arguments: Mapping[str, Any]
+    windows: Windows
+    store: Store
+    key: dict[str, Any]
+
+    def run(self, cache: Cache, entry: Path, progress: Progress) -> None:
+        """Make the capture and publish it as a cache entry.
+
+        Raises:
+            KLDError: the model does not load, its vocabulary does not hold the windows' ids, its head is not what
+                was asked for, or the disk is too small. Complete windows stay and are used by the next try.
+
+        """
+        facts = self.engine.facts(self.model, self.arguments)
+        require_fits(facts, self.windows, self.model.label)
+        self._require_free(cache, entry, facts, "hidden" if self.store == "auto" else self.store, progress)
+        progress.note(f"loading {self.model.label}")
+        with self.engine.open(self.model, self.arguments) as loaded:
+            head, store, reason = self._choose_store(loaded)
+            if store != "hidden" and self.store == "auto":
+                progress.note(f"{self.model.label}: keeping logits, {reason}")
+                self._require_free(cache, entry, loaded.facts, store, progress)
+            partial = cache.partial(entry)
+            files = self._write_windows(partial, loaded, store, progress)
+            if head is not None:
+                files[HEAD_FILE] = write_tensors(partial / HEAD_FILE, head.tensors())
+            manifest = self._manifest(loaded.facts, head, store, reason, files)
+        if store == "hidden":
+            check = Capture(path=partial, manifest=manifest).check_head()
+            if not check.faithful:
+                raise CaptureError(
+                    f"{self.model.label}: {_unfaithful(check)}, though not in the first window. Give "
+                    "--kld-store=logits."
+                )
+            manifest["checks"] = check.to_json()
+        write_manifest(partial, manifest)
+        cache.publish(entry)
+
+    @property
+    def check_rows(self) -> list[int]:
+        """Positions whose full logits are kept with the hidden states: one inside, and the last."""
+        return [self.windows.size // 2, self.windows.size - 1]
+
+    def _choose_store(self, loaded: LoadedModel) -> tuple[Head | None, str, str]:
+        if self.store in ("logits", "logprobs"):
+            return None, self.store, "asked for"
+        probe = next(iter(loaded.prefill(self.windows, [0], self.check_rows)))
+        head, reason = self._prove(loaded, probe)
+        if head is not None:
+            return head, "hidden", reason
+        if self.store == "hidden":
+            raise CaptureError(
+                f"{self.model.label}: --kld-store=hidden is not possible: {reason}. Give auto or logits."
+            )
+        return None, "logits", reason
+
+    def _prove(self, loaded: LoadedModel, probe: Prefill) -> tuple[Head | None, str]:
+        if not loaded.heads:
+            return None, "the model has no plain linear head"
+        if probe.hidden is None or probe.hidden.shape[0] != self.windows.size:
+            return None, "what goes into the head was not seen"
+        vocab_size = loaded.facts.vocab_size
+        logits = _trim(probe.logits, vocab_size, self.model.label)
+        checks = []
+        for head in loaded.heads:
+            if head.vocab_size < vocab_size or head.weight.shape[1] != probe.hidden.shape[1]:
+                continue
+            trimmed = head.trim(vocab_size)
+            checks.append(check_head(trimmed, probe.hidden[self.check_rows], logits))
+            if checks[-1].faithful:
+                return trimmed, "check rows agree with the head"
+        if not checks:
+            return None, f"the head's shape does not fit {vocab_size:,} tokens"
+        return None, _unfaithful(min(checks, key=lambda check: check.worst))
+
+    def _write_windows(
+        self, partial: Path, loaded: LoadedModel, store: str, progress: Progress
+    ) -> dict[str, dict[str, Any]]:
+        names = [window_file(store, index) for index in range(self.windows.count)]
+        missing = [index for index, name in enumerate(names) if not self._is_whole(partial / name, store, index)]
+        files = {name: file_entry(partial / name) for index, name in enumerate(names) if index not in missing}
+        if files:
+            progress.note(f"{self.model.label}: {len(files)} of {len(names)} windows are there already")
+        rows = self.check_rows if store == "hidden" else None
+        with progress.task(f"capture {self.model.label}", len(names), len(files)) as task:
+            for prefill in loaded.prefill(self.windows, missing, rows):
+                name = names[prefill.window]
+                tensors = self._tensors(prefill, store, loaded.facts.vocab_size)
+                files[name] = write_tensors(partial / name, tensors)
+                task.advance()
+        if left_out := [name for name in names if name not in files]:
+            raise CaptureError(f"{self.model.label}: the engine left out {len(left_out)} windows, e.g. {left_out[0]}")
+        return files
+
+    def _tensors(self, prefill: Prefill, store: str, vocab_size: int) -> dict[str, Tensor]:
+        tensors = {"token_ids": torch.from_numpy(self.windows.token_ids[prefill.window])}
+        logits = _trim(prefill.logits, vocab_size, self.model.label)
+        if store == "hidden":
+            hidden = prefill.hidden
+            matrix = {"hidden": hidden, "check_logits": logits}
+            tensors["check_rows"] = torch.tensor(self.check_rows, dtype=torch.int32)
+        elif store == "logits":
+            matrix = {"logits": logits}
+        else:
+            matrix = {"log_probs": logits.float().log_softmax(-1)}
+        expected = len(self.check_rows) if store == "hidden" else self.windows.size
+        if len(logits) != expected:
+            raise CaptureError(
+                f"{self.model.label}, window {prefill.window}: the engine gave {len(logits)} rows of {expected}"
+            )
+        if store == "hidden" and (prefill.hidden is None or len(prefill.hidden) != self.windows.size):
+            raise CaptureError(f"{self.model.label}, window {prefill.window}: hidden states are missing")
+        return {**tensors, **matrix}  # type: ignore[dict-item]
+
+    def _is_whole(self, path: Path, store: str, index: int) -> bool:
+        """Tell whether an interrupted session left this window in the form that is needed now."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                ids = file.get_tensor("token_ids")
+                rows = file.get_slice(MATRIX[store]).get_shape()[0]
+        except (OSError, SafetensorError):
+            return False
+        return rows == self.windows.size and torch.equal(ids, torch.from_numpy(self.windows.token_ids[index]))
+
+    def _manifest(
+        self, facts: ModelFacts, head: Head | None, store: str, reason: str, files: dict[str, dict[str, Any]]
+    ) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "complete": True,
+            "pytest_kld": __version__,
+            "key": self.key,
+            "model": self.model.label,
+            "facts": facts.to_json(),
+            "protocol": self.windows.protocol(),
+            "store": store,
+            "store_reason": reason,
+            "vocab_size": facts.vocab_size,
+            "transforms": None if head is None else head.transforms(),
+            "checks": None,
+            "window_files": [window_file(store, index) for index in range(self.windows.count)],
+            "files": files,
+        }
+
+    def _require_free(self, cache: Cache, entry: Path, facts: ModelFacts, store: str, progress: Progress) -> None:
+        kept = sum(path.stat().st_size for path in cache.partial(entry).rglob("*") if path.is_file())
+        needed = max(0, capture_bytes(facts, self.windows, store, len(self.check_rows)) - kept)
+        what = f"the capture of {self.model.label} ({self.windows.count} windows, store {store})"
+        free = cache.require_free(needed, what)
+        progress.note(f"{what} needs {format_bytes(needed)}; {format_bytes(free)} are free")
+
+
+def adopt_windows(capture: Capture, partial: Path) -> None:
+    """Give the window files of a capture of fewer windows to one that is being made, as hard links where possible.
+
+    Files that are not what their manifest says are left out, and recorded anew.
+    """
+    for name in capture.manifest["window_files"]:
+        file, link = capture.path / name, partial / name
+        if link.exists() or sha256_of_file(file) != capture.manifest["files"][name]["sha256"]:
+            continue
+        link.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            link.hardlink_to(file)
+        except OSError:  # a file system without hard links
+            with atomic_path(link) as temporary:
+                shutil.copyfile(file, temporary)
+
+
+def require_fits(facts: ModelFacts, windows: Windows, label: str) -> None:
+    """Refuse a model that cannot be run on these windows.
+
+    Raises:
+        ModelError: it has no column for an id that they use, or they are longer than its context.
+
+    """
+    greatest = int(windows.token_ids.max())
+    if greatest >= facts.vocab_size:
+        raise ModelError(
+            f"the vocabulary of {label} has {facts.vocab_size:,} tokens, and the windows use id {greatest:,}: it is "
+            f"not the vocabulary of the tokenizer of {windows.tokenizer}. Name the right one with --kld-tokenizer."
+        )
+    if facts.context_length is not None and windows.size > facts.context_length:
+        raise ModelError(
+            f"{label} is made for {facts.context_length:,} positions and the windows have {windows.size:,}. Give a "
+            "smaller --kld-window-size (and --kld-stride)."
+        )
+
+
+def capture_bytes(facts: ModelFacts, windows: Windows, store: str, check_rows: int) -> int:
+    """Return the bytes that a capture takes on disk, to within the files' headers."""
+    itemsize: int = getattr(torch, facts.dtype).itemsize
+    positions = windows.count * windows.size
+    if store == "hidden":
+        head = facts.vocab_size * facts.hidden_size * itemsize
+        checks = windows.count * check_rows * facts.vocab_size * itemsize
+        matrix = head + checks + positions * facts.hidden_size * itemsize
+    else:
+        matrix = positions * facts.vocab_size * (4 if store == "logprobs" else itemsize)
+    return matrix + positions * 4 + _NEEDED_SLACK_BYTES
+
+
+def _trim(logits: Tensor, vocab_size: int, label: str) -> Tensor:
+    if logits.shape[1] < vocab_size:
+        raise CaptureError(
+            f"{label}: its logits have {logits.shape[1]:,} columns and its config says {vocab_size:,} tokens: part of "
+            "the vocabulary is missing"
+        )
+    return logits[:, :vocab_size]
+
+
+def _unfaithful(check: HeadCheck) -> str:
+    return f"its head is not linear: check rows differ by {check.worst:.3g} times what its dtype explains"

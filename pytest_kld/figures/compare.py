@@ -1,0 +1,170 @@
+"""Comparing two captures: both sides' logits, block by block, through the kernel into Scores."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from pytest_kld import __version__
+from pytest_kld.captures.capture import LogitsReader
+from pytest_kld.errors import CaptureError
+from pytest_kld.figures.evidence import gather_evidence
+from pytest_kld.figures.scores import COLUMNS, EXTENDED_COLUMNS, SCHEMA, Scores
+from pytest_kld.kernel.divergence import Divergence, divergence
+from pytest_kld.kernel.extended import Extended, extended_divergence
+from pytest_kld.kernel.reduction import Reduction, compiled_reduction, eager_reduction
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from pytest_kld.captures.capture import Capture
+    from pytest_kld.kernel.head import HeadMode
+    from pytest_kld.progress import Progress
+    from pytest_kld.text.windows import Windows
+
+_BLOCK_ELEMENTS = 1 << 25
+"""Logits per side and block: 128 MiB in float32, whatever the number of windows."""
+_WORTH_COMPILING = 5_000_000_000
+"""Logits per side from which the compiled reduction saves more on a CPU (5 ns each) than compiling costs (20 s)."""
+
+
+def compare(
+    reference: Capture,
+    candidate: Capture,
+    windows: Windows,
+    *,
+    head: HeadMode,
+    device: torch.device,
+    progress: Progress,
+    extended: bool = False,
+    known: Scores | None = None,
+) -> Scores:
+    """Compute the figures of every position of every window.
+
+    Args:
+        reference: the reference's capture.
+        candidate: the candidate's, of the same windows.
+        windows: those windows.
+        head: how logits are recomputed from hidden states.
+        device: where to compute.
+        progress: told of each window.
+        extended: whether to make a second pass for the columns of `Extended`.
+        known: scores of the first windows of the same pair; they are taken over where the kernel is the same.
+
+    Raises:
+        CaptureError: the captures differ in token ids, a window is short, or an id lies outside the common
+            vocabulary.
+
+    """
+    vocab_size = min(reference.vocab_size, candidate.vocab_size)
+    _require_labels(vocab_size, windows, reference, candidate)
+    readers = [LogitsReader.of(capture, head, device) for capture in (reference, candidate)]
+    shape = (windows.count, windows.size)
+    columns = {name: np.empty(shape, dtype) for name, dtype in COLUMNS.items()}
+    if extended:
+        columns |= {name: np.empty(shape, np.float64) for name in EXTENDED_COLUMNS}
+    columns["token_ids"][:] = windows.token_ids
+    reduction, kernel = _pick_reduction(windows, reference, candidate, device)
+    rows = max(1, _BLOCK_ELEMENTS // max(reference.vocab_size, candidate.vocab_size))
+    done = 0
+    if known is not None and known.about["kernel"] == kernel and known.columns.keys() >= columns.keys():
+        done = len(known.columns["flags"])
+        for name, column in columns.items():
+            column[:done] = known.columns[name]
+    with progress.task(f"compare {candidate.name}", windows.count, done) as task:
+        for window in range(done, windows.count):
+            _require_same_ids(window, windows, reference, candidate)
+            labels = torch.from_numpy(np.append(windows.token_ids[window, 1:], -1)).to(device)
+            for start in range(0, windows.size, rows):
+                stop = min(start + rows, windows.size)
+                logits_r, logits_c = (reader.logits(window, start, stop) for reader in readers)
+                _keep(divergence(logits_r, logits_c, labels[start:stop], reduction=reduction), columns, window, start)
+                if extended:
+                    _keep(extended_divergence(logits_r, logits_c), columns, window, start)
+            task.advance()
+    scores = Scores(columns=columns, about=_about(reference, candidate, windows, head, device, kernel, vocab_size))
+    return replace(scores, evidence=gather_evidence(scores, readers, windows.starts))
+
+
+def _keep(figures: Divergence | Extended, columns: dict[str, NDArray[Any]], window: int, start: int) -> None:
+    for field in fields(figures):
+        values = getattr(figures, field.name).numpy()
+        columns[field.name][window, start : start + len(values)] = values
+
+
+def scores_key(reference: Capture, candidate: Capture, windows: Windows, head: HeadMode) -> dict[str, Any]:
+    """Return what determines the scores of a pair, as JSON for the cache key."""
+    return {
+        "schema": SCHEMA,
+        "pytest_kld": __version__,
+        "reference": reference.digest,
+        "candidate": candidate.digest,
+        # Captures of two backends may be equal to the bit; what the scores say of them is not.
+        "captures": [reference.manifest["key"], candidate.manifest["key"]],
+        "token_ids_sha256": windows.digest,
+        "head": head,
+    }
+
+
+def _pick_reduction(
+    windows: Windows, reference: Capture, candidate: Capture, device: torch.device
+) -> tuple[Reduction, str]:
+    widths = reference.vocab_size, candidate.vocab_size
+    if device.type != "cpu" or windows.count * windows.size * min(widths) < _WORTH_COMPILING:
+        return eager_reduction, "eager"
+    try:
+        reduction = compiled_reduction()
+        generator, labels = torch.Generator().manual_seed(0), torch.tensor([0, 0])
+        z_r, z_c = (torch.randn(2, width, generator=generator) * 4 for width in widths)
+        compiled, eager = (divergence(z_r, z_c, labels, reduction=way) for way in (reduction, eager_reduction))
+        for figure in fields(Divergence):  # a compiler may be there, and broken
+            torch.testing.assert_close(getattr(compiled, figure.name), getattr(eager, figure.name), rtol=1e-4, atol=0)
+    except Exception as error:
+        return eager_reduction, f"eager (torch.compile does not work here: {type(error).__name__})"
+    return reduction, "compiled"
+
+
+def _require_labels(vocab_size: int, windows: Windows, reference: Capture, candidate: Capture) -> None:
+    greatest = int(windows.token_ids.max())
+    if greatest >= vocab_size:
+        raise CaptureError(
+            f"the windows use token id {greatest:,}, and the vocabulary common to {reference.name} "
+            f"({reference.vocab_size:,}) and {candidate.name} ({candidate.vocab_size:,}) ends before it"
+        )
+
+
+def _require_same_ids(window: int, windows: Windows, *captures: Capture) -> None:
+    for capture in captures:
+        ids = capture.token_ids(window)
+        if ids is not None and not np.array_equal(ids.numpy(), windows.token_ids[window]):
+            raise CaptureError(f"token ids differ: window {window} of {capture.path} is not this session's")
+
+
+def _about(
+    reference: Capture,
+    candidate: Capture,
+    windows: Windows,
+    head: HeadMode,
+    device: torch.device,
+    kernel: str,
+    vocab_size: int,
+) -> dict[str, Any]:
+    sides = {"reference": reference, "candidate": candidate}
+    return {
+        **{side: _side(capture) for side, capture in sides.items()},
+        "protocol": windows.protocol(),
+        "skip_first": 0,
+        "head": head,
+        "vocab_size": vocab_size,
+        "kernel": kernel,
+        "device": str(device),
+        "versions": {"pytest-kld": __version__, "torch": str(torch.__version__)},
+    }
+
+
+def _side(capture: Capture) -> dict[str, Any]:
+    described = ("model", "facts", "key", "store", "store_reason", "vocab_size", "transforms", "checks")
+    return {"digest": capture.digest, **{name: capture.manifest.get(name) for name in described}}

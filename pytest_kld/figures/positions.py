@@ -1,0 +1,119 @@
+"""The positions of a pair's Scores as diagnosis looks at them: where they are in the text, and what was found there."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from pytest_kld.figures.scores import Scores
+
+_REFERENCE_NON_FINITE, _CANDIDATE_NON_FINITE = 1, 2  # as in divergence.py, which needs torch
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Booleans = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Positions:
+    """All positions of one pair; arrays are [windows, positions] unless said otherwise.
+
+    Attributes:
+        kl: KL(reference ‖ candidate) in nats; NaN where a side is not finite.
+        valid: where both sides are finite.
+        reference_bad: where the reference is not finite; `candidate_bad` the same of the candidate.
+        confidence: the reference's probability of its most probable token.
+        delta_p: the candidate's probability of the label less the reference's; NaN without a label.
+        reference_argmax: the reference's most probable token; `candidate_argmax` the candidate's.
+        token_ids: the tokens that the models saw.
+        labels: the next token, −1 where there is none.
+        text: [windows], the number of the text that a window is from: starts rise within one.
+        source: where in its text a position's token is.
+        skipped: positions at the start of each window that the table leaves out.
+        evidence: what was stored beside the table; see `evidence.gather_evidence`. May be empty.
+
+    """
+
+    kl: Floats
+    valid: Booleans
+    reference_bad: Booleans
+    candidate_bad: Booleans
+    confidence: Floats
+    delta_p: Floats
+    reference_argmax: Integers
+    candidate_argmax: Integers
+    token_ids: Integers
+    labels: Integers
+    text: Integers
+    source: Integers
+    skipped: int
+    evidence: dict[str, NDArray[Any]]
+
+    @classmethod
+    def of(cls, scores: Scores) -> Positions:
+        """Look at a table and at what was stored beside it."""
+        columns, flags = scores.columns, scores.columns["flags"]
+        reference_bad, candidate_bad = (flags & _REFERENCE_NON_FINITE) != 0, (flags & _CANDIDATE_NON_FINITE) != 0
+        windows, size = flags.shape
+        starts = scores.evidence.get("starts", np.arange(windows) * scores.about["protocol"]["stride"])
+        skipped = int(scores.about.get("skip_first", 0))
+        token_ids = columns["token_ids"].astype(np.int64)
+        return cls(
+            kl=columns["kl"],
+            valid=~(reference_bad | candidate_bad),
+            reference_bad=reference_bad,
+            candidate_bad=candidate_bad,
+            confidence=columns["reference_confidence"],
+            delta_p=np.exp(-columns["candidate_nll"]) - np.exp(-columns["reference_nll"]),
+            reference_argmax=columns["reference_argmax"].astype(np.int64),
+            candidate_argmax=columns["candidate_argmax"].astype(np.int64),
+            token_ids=token_ids,
+            labels=np.concatenate([token_ids[:, 1:], np.full((windows, 1), -1)], axis=1),
+            text=np.cumsum(np.diff(starts, prepend=starts[:1] - 1) <= 0),
+            source=starts[:, None] + skipped + np.arange(size),
+            skipped=skipped,
+            evidence=scores.evidence,
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return how many windows there are, and positions in each."""
+        windows, size = self.kl.shape
+        return windows, size
+
+    @property
+    def mean_kl(self) -> float:
+        """Return the mean KL over valid positions."""
+        return float(self.kl[self.valid].mean())
+
+    @property
+    def top1_agreement(self) -> float:
+        """Return the share of valid positions where both name the same most probable token."""
+        return float((self.reference_argmax == self.candidate_argmax)[self.valid].mean())
+
+    def worst(self, count: int) -> list[tuple[int, int]]:
+        """Return (window, column) of the positions with the greatest KL, the greatest first.
+
+        Windows overlap, so one place in the text is scored several times; it is listed once, at its worst. Positions
+        with KL = 0 are not listed.
+        """
+        flat = np.flatnonzero(self.valid & (self.kl > 0))
+        ordered = flat[np.argsort(-self.kl.ravel()[flat], kind="stable")]
+        place = (self.text[:, None] * (self.source.max() + 1) + self.source).ravel()[ordered]
+        _, first = np.unique(place, return_index=True)
+        chosen = ordered[np.sort(first)[:count]]
+        windows, columns = np.unravel_index(chosen, self.shape)
+        return list(zip(windows.tolist(), columns.tolist(), strict=True))
+
+    def top_share(self, share: float) -> float:
+        """Return the share of the total KL that the given share of positions, those with the greatest KL, carries."""
+        kl = np.sort(self.kl[self.valid])[::-1]
+        total = float(kl.sum())
+        if total == 0 or math.isinf(total):
+            return 0.0 if total == 0 else 1.0
+        return float(kl[: math.ceil(share * kl.size)].sum()) / total

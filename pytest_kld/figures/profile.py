@@ -1,0 +1,89 @@
+"""The profile of a pair: what charts are drawn from. It is made where the Scores are and travels in their place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from pytest_kld.figures.scores import Scores
+
+BINS_PER_DECADE = 8
+SMALLEST = 1e-9
+"""Nats; what is smaller is counted and not drawn, so that a few exact zeros do not stretch an axis."""
+_SURVIVAL_POINTS = 120
+_TEXT_BINS = 200
+
+
+def profile_of(scores: Scores) -> dict[str, Any]:
+    """Describe how KL is distributed, over values and over the text, in some kilobytes whatever the size of the table.
+
+    Returns:
+        Plain data; KL in nats, over the positions that are finite on both sides:
+        `histogram`: `[lower, upper, count]`, bins of an eighth of a decade without the empty ones;
+        `below`: how many positions have less than `SMALLEST`; they are in no bin;
+        `survival`: `[kl, share]` by falling kl: that share of the positions has at least this KL, exactly;
+        `text`: `[start, stop, mean, max]` of stretches of the text, in tokens from its start, each position counted
+        once for every window that it is in; stretches that no window covers are left out;
+        `windows`: `[mean, max]` of each window, None where no position of it is valid.
+
+    """
+    kl = scores.columns["kl"]
+    valid = ~np.isnan(kl)
+    return {
+        "histogram": _histogram(kl[valid]),
+        "below": int((kl[valid] < SMALLEST).sum()),
+        "survival": _survival(np.sort(kl[valid])[::-1]),
+        "text": _along_text(kl, valid, _places(scores)),
+        "windows": [_mean_and_max(row[keep]) for row, keep in zip(kl, valid, strict=True)],
+    }
+
+
+def _histogram(kl: NDArray[np.float64]) -> list[list[float]]:
+    drawn = kl[(kl >= SMALLEST) & np.isfinite(kl)]
+    steps = np.floor(np.log10(drawn) * BINS_PER_DECADE).astype(int)
+    bins, counts = np.unique(steps, return_counts=True)
+    return [
+        [_short(10 ** (step / BINS_PER_DECADE)), _short(10 ** ((step + 1) / BINS_PER_DECADE)), count]
+        for step, count in zip(bins.tolist(), counts.tolist(), strict=True)
+    ]
+
+
+def _survival(falling: NDArray[np.float64]) -> list[list[float]]:
+    ranks = np.unique(np.geomspace(1, falling.size, _SURVIVAL_POINTS).round().astype(int))
+    return [[_short(falling[rank - 1]), _short(rank / falling.size)] for rank in ranks]
+
+
+def _places(scores: Scores) -> NDArray[np.int64]:
+    """Return where in the text each position [windows, positions] is, in tokens; several texts follow one another."""
+    protocol = scores.about["protocol"]
+    starts, end = [], 0
+    for dataset in protocol["datasets"]:
+        starts += [end + window * protocol["stride"] for window in range(dataset["windows"])]
+        end = starts[-1] + protocol["window_size"]
+    return np.array(starts)[:, None] + np.arange(scores.skipped, protocol["window_size"])
+
+
+def _along_text(kl: NDArray[np.float64], valid: NDArray[np.bool_], places: NDArray[np.int64]) -> list[list[float]]:
+    length = int(places.max()) + 1
+    bins = min(_TEXT_BINS, length)
+    which = places[valid] * bins // length
+    counts = np.bincount(which, minlength=bins)
+    sums = np.bincount(which, weights=kl[valid], minlength=bins)
+    largest = np.zeros(bins)
+    np.maximum.at(largest, which, kl[valid])
+    return [
+        [-(-length * i // bins), -(-length * (i + 1) // bins), _short(sums[i] / counts[i]), _short(largest[i])]
+        for i in np.flatnonzero(counts).tolist()
+    ]
+
+
+def _mean_and_max(kl: NDArray[np.float64]) -> list[float] | None:
+    return [_short(kl.mean()), _short(kl.max())] if kl.size else None
+
+
+def _short(number: float) -> float:
+    """Keep six digits: more than a chart shows."""
+    return float(f"{number:.6g}")

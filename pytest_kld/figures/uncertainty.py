@@ -1,0 +1,361 @@
+"""How sure a figure is: confidence intervals that respect that neighbours, and overlapping windows, depend on another.
+
+The unit is a *block*, a stretch of the source text: positions of all windows that score a token of it belong together.
+Figures are sums over blocks, so their errors follow from how blocks differ (the cluster-robust or sandwich estimator:
+Liang & Zeger 1986; batch means in the language of time series). Sources and formulas: docs/explanation.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pytest_kld.figures.interval import Interval
+from pytest_kld.figures.scores import CONFIDENT, EXTENDED_COLUMNS, Summary, labelled_positions, valid_positions
+
+if TYPE_CHECKING:
+    from pytest_kld.figures.interval import Interval
+from pytest_kld.figures.scores import Scores
+
+Floats = NDArray[np.float64]
+Columns = Mapping[str, NDArray[Any]]
+
+MOST_BLOCKS = 48
+"""Beyond this, shorter blocks gain little: Student's t at 47 degrees of freedom is 2.6 % wider than the normal."""
+FEWEST_BLOCKS = 12
+"""Below this an interval is mostly about how little is known of its own width. Before blocks are aligned: of a few
+windows, down to half as many may come of it."""
+_CORRELATION_LENGTHS = 6
+"""Blocks are at least so many correlation lengths long; what leaks over their edges is then a few percent of a
+variance."""
+_T_GRID = 1 << 15
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """The stretches of source text that positions belong to.
+
+    Attributes:
+        half_of: [windows, positions], the half of a block that each position is in; block b has halves 2b and 2b + 1.
+        tokens: distinct tokens of the source text.
+        length: tokens in a block.
+        count: number of blocks.
+
+    """
+
+    half_of: NDArray[np.int64]
+    tokens: int
+    length: int
+    count: int
+
+    @classmethod
+    def cut(cls, scores: Scores) -> Blocks:
+        """Cut the source text into blocks that are long enough for its correlation, and enough of them."""
+        windows, size = scores.columns["kl"].shape
+        # Where windows leave gaps in the text, it is what is scored of it.
+        stride = min(scores.about["protocol"]["stride"], size)
+        source = np.arange(windows)[:, None] * stride + np.arange(size)
+        tokens = int(source[-1, -1]) + 1
+        wanted = max(_CORRELATION_LENGTHS * correlation_length(scores, source), tokens // MOST_BLOCKS)
+        half = _align(max(1, min(wanted, tokens // FEWEST_BLOCKS) // 2), stride)
+        half_of = source // half
+        return cls(half_of=half_of, tokens=tokens, length=2 * half, count=int(half_of[-1, -1]) // 2 + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A figure that is the mean of something per position, or a function of one.
+
+    Attributes:
+        values: columns → [windows, positions].
+        transform: an increasing function, mean → figure.
+        labelled: whether only positions with a label count.
+        extended: whether it takes the columns of the second pass.
+
+    """
+
+    values: Callable[[Columns], NDArray[Any]]
+    transform: Callable[[float], float] = float
+    labelled: bool = False
+    extended: bool = False
+
+    def interval(self, sample: _Sample, quantile: float) -> tuple[float, float, float]:
+        """Return low, high and effective positions; see `_skewness_corrected`."""
+        values, halves = sample.take(self.values, sample.labelled if self.labelled else sample.valid)
+        mean = float(values.mean())
+        if not math.isfinite(mean):
+            return self.transform(mean), self.transform(mean), 0.0
+        error, skewness = _error_of_mean(values, halves, mean)
+        low, high = _skewness_corrected(mean, error, skewness, quantile)
+        effective = float(values.var()) / error**2 if error else float(sample.blocks.tokens)
+        # No mean lies outside of its values, whatever the approximation says.
+        return self.transform(max(low, float(values.min()))), self.transform(min(high, float(values.max()))), effective
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A figure that is a share of the valid positions, or of some of them.
+
+    Attributes:
+        holds: columns → [windows, positions], bool.
+        among: columns → [windows, positions], bool: which positions count; None: all that are valid.
+
+    """
+
+    holds: Callable[[Columns], NDArray[Any]]
+    among: Callable[[Columns], NDArray[Any]] | None = None
+
+    def interval(self, sample: _Sample, quantile: float) -> tuple[float, float, float]:
+        """Return low, high and effective positions: Wilson's interval at the effective sample size."""
+        holds, halves = sample.take(self.holds, sample.among(self.among))
+        effective = _effective(holds, halves, sample.blocks.tokens)
+        return *_wilson(float(holds.mean()), effective, quantile), effective
+
+
+@dataclass(frozen=True, slots=True)
+class Quantile:
+    """A figure that is a quantile of KL.
+
+    Attributes:
+        level: in (0, 1).
+
+    """
+
+    level: float
+
+    def interval(self, sample: _Sample, quantile: float) -> tuple[float, float, float]:
+        """Return low, high and effective positions, by Woodruff's method.
+
+        The share of positions at or below the quantile has an interval as any share; the order statistics at its
+        ends bound the quantile. An upper end beyond the last order statistic has no bound.
+        """
+        kl, halves = sample.take(lambda columns: columns["kl"], sample.valid)
+        ordered = sample.ordered_kl()
+        n = ordered.size
+        below = (kl <= ordered[math.ceil(self.level * n) - 1]).astype(np.float64)
+        effective = _effective(below, halves, sample.blocks.tokens)
+        low, high = _wilson(self.level, effective, quantile)
+        upper = math.ceil(high * n)
+        return (
+            float(ordered[max(0, math.floor(low * n) - 1)]),
+            float(ordered[upper]) if upper < n else math.inf,
+            effective,
+        )
+
+
+FIGURES: Mapping[str, Mean | Share | Quantile] = {
+    "mean": Mean(lambda columns: columns["kl"]),
+    "median": Quantile(0.5),
+    "p90": Quantile(0.9),
+    "p95": Quantile(0.95),
+    "p99": Quantile(0.99),
+    "p999": Quantile(0.999),
+    "flips": Share(
+        lambda columns: columns["reference_argmax"] != columns["candidate_argmax"],
+        lambda columns: columns["reference_confidence"] > CONFIDENT,
+    ),
+    "reverse_kl": Mean(lambda columns: columns["reverse_kl"], extended=True),
+    "js": Mean(lambda columns: columns["js"], extended=True),
+    "tv": Mean(lambda columns: columns["tv"], extended=True),
+    "top5_overlap": Mean(lambda columns: columns["top5_overlap"], extended=True),
+    "entropy_difference": Mean(lambda columns: columns["entropy_difference"], extended=True),
+    "abs_entropy_difference": Mean(lambda columns: np.abs(columns["entropy_difference"]), extended=True),
+    "top1_agreement": Share(lambda columns: columns["reference_argmax"] == columns["candidate_argmax"]),
+    "ppl_ratio": Mean(lambda columns: columns["candidate_nll"] - columns["reference_nll"], math.exp, labelled=True),
+    "log_ppl_ratio": Mean(lambda columns: columns["candidate_nll"] - columns["reference_nll"], labelled=True),
+    "rms_delta_p": Mean(
+        lambda columns: (np.exp(-columns["candidate_nll"]) - np.exp(-columns["reference_nll"])) ** 2,
+        lambda mean: math.sqrt(max(0.0, mean)),
+        labelled=True,
+    ),
+}
+"""Every figure of `Summary` with an interval. Counts and the maximum have none: they say nothing of other text."""
+
+
+def intervals(
+    scores: Scores, confidence: float, *, spend: float = 1.0, names: Collection[str] = FIGURES.keys()
+) -> dict[str, Interval]:
+    """Return a confidence interval for each figure in `FIGURES`, by its name.
+
+    Args:
+        scores: the table of one pair.
+        confidence: e.g. 0.95; both bounds together err in 1 − confidence of all texts.
+        spend: the share of that error that this look at the data may use up. See `rounds.py`.
+        names: the figures that are wanted; those without an interval are left out.
+
+    """
+    sample = _Sample(scores)
+    quantile = student_quantile(1 - (1 - confidence) * spend / 2, sample.degrees_of_freedom)
+    found = {}
+    for name, figure in ((name, figure) for name, figure in FIGURES.items() if name in names and sample.has(figure)):
+        low, high, effective = figure.interval(sample, quantile)
+        found[name] = Interval(low=low, high=high, confidence=confidence, effective_positions=effective)
+    return found
+
+
+def macro_average(parts: Sequence[Mapping[str, Interval]], summaries: Sequence[Summary]) -> dict[str, Interval]:
+    """Return the intervals of an average over datasets, each with the same weight, from those of each.
+
+    Datasets are independent, so the distances from the figures to their bounds add up as squares (the method of
+    variance estimates recovery, Zou & Donner 2008).
+    """
+    average = Summary.macro_average(summaries)
+    found = {}
+    for name in set.intersection(*(set(part) for part in parts)):
+        value = getattr(average, name)
+        known = [(part[name], getattr(summary, name)) for part, summary in zip(parts, summaries, strict=True)]
+        low = math.hypot(*(figure - interval.low for interval, figure in known)) / len(parts)
+        high = math.hypot(*(interval.high - figure for interval, figure in known)) / len(parts)
+        found[name] = Interval(
+            low=value - low if math.isfinite(value) else value,
+            high=value + high if math.isfinite(value) else value,
+            confidence=known[0][0].confidence,
+            effective_positions=sum(interval.effective_positions for interval, _ in known),
+        )
+    return found
+
+
+class _Sample:
+    """What several figures of one table share."""
+
+    def __init__(self, scores: Scores) -> None:
+        self.blocks = Blocks.cut(scores)
+        self._columns = scores.columns
+        self.valid, self.labelled = valid_positions(scores), labelled_positions(scores)
+        self._ordered_kl: Floats | None = None
+
+    @property
+    def degrees_of_freedom(self) -> float:
+        """One less than the effective number of blocks (Kish 1965), which count by their valid positions."""
+        sizes = np.bincount(self.blocks.half_of[self.valid] // 2).astype(np.float64)
+        return max(1.0, float(sizes.sum() ** 2 / (sizes**2).sum()) - 1)
+
+    def among(self, condition: Callable[[Columns], NDArray[Any]] | None) -> NDArray[np.bool_]:
+        """Return which valid positions meet a condition."""
+        return self.valid if condition is None else self.valid & condition(self._columns)
+
+    def has(self, figure: Mean | Share | Quantile) -> bool:
+        """Tell whether the table has what the figure is drawn from."""
+        if isinstance(figure, Mean) and figure.extended:
+            return EXTENDED_COLUMNS[0] in self._columns
+        return not isinstance(figure, Share) or bool(self.among(figure.among).any())
+
+    def take(
+        self, values: Callable[[Columns], NDArray[Any]], mask: NDArray[np.bool_]
+    ) -> tuple[Floats, NDArray[np.int64]]:
+        """Return the values [n] that count and their half blocks [n]."""
+        return values(self._columns)[mask].astype(np.float64), self.blocks.half_of[mask]
+
+    def ordered_kl(self) -> Floats:
+        """Return valid KL in ascending order."""
+        if self._ordered_kl is None:
+            self._ordered_kl = np.sort(self._columns["kl"][self.valid])
+        return self._ordered_kl
+
+
+def correlation_length(scores: Scores, source: NDArray[np.int64]) -> int:
+    """Return how far, in tokens, KL depends on KL before it along the source text.
+
+    The smallest lag after which five autocorrelations in a row are insignificant, by the rule of Politis & White (2004,
+    section 3.2): |ρ| < 2 √(log₁₀ n / n). Of ranks, so that a few extreme positions do not hide what the others share.
+
+    Args:
+        scores: the table.
+        source: [windows, positions], the source token of each position.
+
+    """
+    valid = valid_positions(scores)
+    kl, at = scores.columns["kl"][valid], source[valid]
+    ranks = np.empty(kl.size)
+    ranks[np.argsort(kl)] = np.arange(kl.size)
+    counts = np.bincount(at)
+    series = np.bincount(at, ranks)[counts > 0] / counts[counts > 0]
+    n = series.size
+    series -= series.mean()
+    power = np.abs(np.fft.rfft(series, 1 << (2 * n - 1).bit_length())) ** 2
+    covariances = np.fft.irfft(power)[:n]
+    if n < 12 or covariances[0] <= 0:
+        return 1
+    small = np.abs(covariances / covariances[0]) < 2 * math.sqrt(math.log10(n) / n)
+    runs = np.convolve(small[1:], np.ones(5), "valid") == 5
+    return int(np.argmax(runs)) + 1 if runs.any() else n
+
+
+def _align(length: int, stride: int) -> int:
+    """Make a block hold whole strides, or a stride whole blocks, so that none holds more window starts than others."""
+    if length >= stride:
+        return stride * round(length / stride)
+    return math.ceil(stride / (stride // length))
+
+
+def _error_of_mean(values: Floats, halves: NDArray[np.int64], mean: float) -> tuple[float, float]:
+    """Return the standard error of a mean, and the skewness of the blocks' sums over the root of their number.
+
+    What is correlated over a block's edges is missing from its variance, in proportion to one over its length; twice
+    the blocks' variance less that of their halves has it (the lugsail estimator, Vats & Flegal 2022). The larger
+    counts. Of one block nothing is known.
+    """
+    sizes = np.bincount(halves)
+    half_sums = np.bincount(halves, values) - sizes * mean
+    if half_sums.size % 2:
+        half_sums, sizes = np.append(half_sums, 0.0), np.append(sizes, 0)
+    sums, count = half_sums.reshape(-1, 2).sum(axis=1), np.count_nonzero(sizes.reshape(-1, 2).any(axis=1))
+    squares = float((sums**2).sum())
+    if count < 2:
+        return math.inf, 0.0
+    if squares == 0:
+        return 0.0, 0.0
+    lugsail = 2 * squares - float((half_sums**2).sum())
+    error = math.sqrt(count / (count - 1) * max(squares, lugsail)) / values.size
+    return error, float((sums**3).sum()) / squares**1.5
+
+
+def _skewness_corrected(mean: float, error: float, skewness: float, quantile: float) -> tuple[float, float]:
+    """Return the bounds of a mean under a skewed distribution: Hall (1992), the cubic transformation of Student's t.
+
+    Args:
+        mean: the mean.
+        error: its standard error.
+        skewness: γ/√n, the third standardised moment of the mean's error.
+        quantile: of Student's t.
+
+    """
+
+    def invert(x: float) -> float:
+        if abs(skewness) < 1e-6:
+            return x
+        return 3 / skewness * (float(np.cbrt(1 + skewness * (x - skewness / 6))) - 1)
+
+    return mean - error * invert(quantile), mean - error * invert(-quantile)
+
+
+def _effective(holds: Floats, halves: NDArray[np.int64], tokens: int) -> float:
+    """Return how many independent positions would estimate a share as well."""
+    share = float(holds.mean())
+    error, _ = _error_of_mean(holds, halves, share)
+    return max(1.0, share * (1 - share) / error**2) if error else float(tokens)
+
+
+def _wilson(share: float, n: float, quantile: float) -> tuple[float, float]:
+    """Return Wilson's (1927) interval of a share, which does not collapse at 0 and 1."""
+    square = quantile**2 / n
+    centre = (share + square / 2) / (1 + square)
+    half = math.sqrt(share * (1 - share) * square + square**2 / 4) / (1 + square)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def student_quantile(probability: float, degrees_of_freedom: float) -> float:
+    """Return a quantile of Student's t.
+
+    With t = √ν tan θ its density is proportional to cos^(ν−1) θ, which is summed over a grid.
+    """
+    theta = np.linspace(0, math.pi / 2, _T_GRID + 1)
+    density = np.cos((theta[1:] + theta[:-1]) / 2) ** (degrees_of_freedom - 1)
+    cumulative = np.concatenate([[0.0], np.cumsum(density)])
+    angle = np.interp(2 * probability - 1, cumulative / cumulative[-1], theta)
+    return math.sqrt(degrees_of_freedom) * math.tan(float(angle))

@@ -1,0 +1,148 @@
+"""Limits: every figure that can be bounded, and where a bound comes from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """One kind of limit: marker argument `name`, option `--kld-name`, ini key `kld_name`.
+
+    Attributes:
+        name: e.g. `max_mean`; `max_…` bounds from above, `min_…` from below.
+        figure: the attribute of `Summary` that it bounds.
+        label: how tables and messages call the figure.
+        unit: of the figure and the bound; empty for counts and ratios.
+        greatest: the largest value that makes sense as a bound.
+        integer: whether the figure is a count.
+        default: the bound where nobody sets one; None means no limit.
+        extended: whether the figure takes the second pass of `--kld-metrics=all`.
+
+    """
+
+    name: str
+    figure: str
+    label: str
+    unit: str = ""
+    greatest: float = math.inf
+    integer: bool = False
+    default: float | None = None
+    extended: bool = False
+
+    @property
+    def upper(self) -> bool:
+        """Whether the figure must not be greater than the bound (else: not less)."""
+        return self.name.startswith("max_")
+
+    def parse(self, value: object) -> float:
+        """Check a bound, given as a number or as text, and return it.
+
+        Raises:
+            ValueError: not a number, or out of range; the text names the value and what is valid.
+
+        """
+        kind = "a whole number" if self.integer else "a number"
+        upper = "" if math.isinf(self.greatest) else f" and at most {self.greatest:g}"
+        wanted = f"expected {kind} of at least 0{upper}, got {value!r}"
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise ValueError(wanted)
+        try:
+            number = float(value)
+        except ValueError:
+            raise ValueError(wanted) from None
+        if not 0 <= number <= self.greatest or math.isinf(number) or (self.integer and number != int(number)):
+            raise ValueError(wanted)
+        return number
+
+
+LIMITS: Mapping[str, Limit] = {
+    limit.name: limit
+    for limit in (
+        Limit(name="max_mean", figure="mean", label="mean KLD", unit="nats"),
+        Limit(name="max_median", figure="median", label="median KLD", unit="nats"),
+        Limit(name="max_p95", figure="p95", label="P95 KLD", unit="nats"),
+        Limit(name="max_p99", figure="p99", label="P99 KLD", unit="nats"),
+        Limit(name="max_p999", figure="p999", label="P99.9 KLD", unit="nats"),
+        Limit(name="max_max", figure="max", label="max KLD", unit="nats"),
+        Limit(name="max_nan", figure="candidate_nan_count", label="candidate NaN count", integer=True, default=0),
+        Limit(
+            name="max_ref_nan",
+            figure="reference_nan_count",
+            label="reference NaN count",
+            integer=True,
+            default=0,
+        ),
+        Limit(name="min_top1", figure="top1_agreement", label="top-1 agreement", greatest=1),
+        Limit(name="max_ppl_ratio", figure="ppl_ratio", label="perplexity ratio"),
+        Limit(name="max_log_ppl_ratio", figure="log_ppl_ratio", label="ln PPL ratio", unit="nats"),
+        Limit(name="max_rms_delta_p", figure="rms_delta_p", label="RMS delta p", greatest=1),
+        Limit(name="max_flips", figure="flips", label="share of flips", greatest=1),
+        Limit(name="max_reverse_kl", figure="reverse_kl", label="mean reverse KLD", unit="nats", extended=True),
+        Limit(
+            name="max_js",
+            figure="js",
+            label="mean Jensen-Shannon divergence",
+            unit="nats",
+            greatest=math.log(2),
+            extended=True,
+        ),
+        Limit(name="max_tv", figure="tv", label="mean total variation", greatest=1, extended=True),
+        Limit(name="min_top5", figure="top5_overlap", label="top-5 overlap", greatest=1, extended=True),
+        Limit(
+            name="max_entropy_difference",
+            figure="abs_entropy_difference",
+            label="mean absolute entropy difference",
+            unit="nats",
+            extended=True,
+        ),
+    )
+}
+"""Every limit there is, by name."""
+
+DEFAULT_BOUNDS: Mapping[str, float] = {
+    name: limit.default for name, limit in LIMITS.items() if limit.default is not None
+}
+
+
+def parse_marker(args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, float | None]:
+    """Check the arguments of one `kld` marker. None lifts a limit set further out.
+
+    Raises:
+        ValueError: a positional, unknown or badly typed argument; the text names the valid ones.
+
+    """
+    valid = ", ".join(LIMITS)
+    if args:
+        raise ValueError(f"the kld marker takes keyword arguments only ({valid}), got {args[0]!r}")
+    if unknown := [name for name in kwargs if name not in LIMITS]:
+        raise ValueError(f"the kld marker has no argument {unknown[0]!r}; valid are {valid}")
+    bounds: dict[str, float | None] = {}
+    for name, value in kwargs.items():
+        try:
+            bounds[name] = None if value is None else LIMITS[name].parse(value)
+        except ValueError as error:
+            raise ValueError(f"kld marker, {name}: {error}") from None
+    return bounds
+
+
+def merge_bounds(*layers: Mapping[str, float | None]) -> dict[str, float]:
+    """Combine layers of bounds, the strongest first; a limit is taken from the first layer that mentions it."""
+    merged: dict[str, float | None] = {}
+    for layer in layers:
+        merged = {**layer, **merged}
+    return {name: merged[name] for name in LIMITS if merged.get(name) is not None}  # type: ignore[misc]
+
+
+def needs_extended(bounds: Mapping[str, float]) -> bool:
+    """Tell whether a limit is on a figure that takes the second pass."""
+    return any(LIMITS[name].extended for name in bounds)
+
+
+def why_missing(figure: str) -> str:
+    """Say why a figure is None."""
+    if figure == "flips":
+        return "the reference is confident at no position, so there are no flips to count"
+    return f"the figure {figure} was not computed; give --kld-metrics=all"

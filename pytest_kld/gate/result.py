@@ -1,0 +1,156 @@
+"""The result of one gated test: what reports are made of. Plain data, so that it travels between processes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from pytest_kld.gate.verdict import band
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pytest_kld.gate.verdict import Verdict
+
+Outcome = Literal["passed", "skipped", "failed", "error"]
+Inconclusive = Literal["fail", "pass", "skip"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateResult:
+    """One test, one candidate.
+
+    Attributes:
+        nodeid: the test's.
+        reference: how the user named the reference.
+        candidate: how the user named the candidate.
+        outcome: `passed`; `failed`: measured and over a limit, or the test's own assertion; `error`: not measured;
+            `skipped`: limits are undecided and --kld-inconclusive=skip.
+        message: why, if not passed.
+        xfail: whether the test is marked as expected to fail.
+        body_passed: whether the test's own body passed; None if it did not run.
+        figures: the `Summary` by name, of several datasets their macro average; None if not measured.
+        datasets: the same of each dataset, by its name.
+        intervals: by figure `low`, `high`, `confidence`, `effective_positions`; empty without --kld-confidence.
+        checks: each limit with `limit`, `figure`, `dataset` (None: the macro average), `value`, `bound`, `passed`,
+            `state` (`pass`, `fail`, `inconclusive`), `interval` and `more_windows`: how many would probably decide it.
+        undecided: what --kld-inconclusive makes of a test whose limits are undecided.
+        about: what was compared and how, from the scores; None if not measured.
+        diagnosis: where the candidate departs from the reference, see `diagnosis.Diagnosis`; None if not measured.
+        seconds: how long the test took, its share of shared set-up included.
+        backend: the MoE backend that the candidate was served with, if one was named; it is part of `candidate`.
+        profile: see `profile_of`; None if not measured or if no report has charts.
+
+    """
+
+    nodeid: str
+    reference: str
+    candidate: str
+    outcome: Outcome
+    message: str = ""
+    xfail: bool = False
+    body_passed: bool | None = None
+    figures: dict[str, Any] | None = None
+    datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    intervals: dict[str, dict[str, float]] = field(default_factory=dict)
+    checks: tuple[dict[str, Any], ...] = ()
+    undecided: Inconclusive = "fail"
+    about: dict[str, Any] | None = None
+    diagnosis: dict[str, Any] | None = None
+    seconds: float = 0.0
+    backend: str | None = None
+    profile: dict[str, Any] | None = None
+
+    @property
+    def band(self) -> str | None:
+        """Return the word for the mean KL, or None if not measured."""
+        return None if self.figures is None else band(self.figures["mean"])
+
+    @property
+    def windows(self) -> int:
+        """Return the number of windows that were measured."""
+        return 0 if self.about is None else int(self.about["protocol"]["windows"])
+
+    @property
+    def inconclusive(self) -> bool:
+        """Whether no limit is exceeded and some are undecided."""
+        states = {check["state"] for check in self.checks}
+        return "inconclusive" in states and "fail" not in states
+
+    @property
+    def notes(self) -> list[str]:
+        """Return what a reader of the figures should know about how they came about."""
+        found = []
+        if self.figures is not None and self.figures["max"] == 0:
+            found.append(
+                f"KLD of {self.candidate} is exactly 0 at every position: it computes what the reference does. Was the "
+                "same model named twice?"
+            )
+        sides = [
+            ((self.about or {}).get(side, {}).get("key") or {}).get("engine") for side in ("reference", "candidate")
+        ]
+        reference, candidate = ((side or {}).get("engine") for side in sides)
+        if None not in (reference, candidate) and reference != candidate:
+            found.append(
+                f"{self.candidate} ran in {candidate} and the reference in {reference}: part of the divergence is "
+                "between the engines, about 2e-3 nats in bfloat16"
+            )
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> GateResult:
+        """Read what `to_json` gave."""
+        return cls(**{**data, "checks": tuple(data["checks"])})
+
+    def properties(self) -> list[tuple[str, str | float]]:
+        """Return the figures as properties of the test case, for `--junitxml`."""
+        described = {"candidate": self.candidate, "reference": self.reference, "band": self.band}
+        limits = {check["limit"]: check["bound"] for check in self.checks}
+        bounds = {
+            f"{name}_{end}": interval[end]
+            for name, interval in self.intervals.items()
+            for end in ("low", "high", "effective_positions")
+        }
+        confidence = {"confidence": next((one["confidence"] for one in self.intervals.values()), None)}
+        return [
+            (f"kld_{name}", value)
+            for name, value in {**described, **(self.figures or {}), **confidence, **bounds, **limits}.items()
+            if value is not None
+        ]
+
+
+def checks_of(verdict: Verdict) -> tuple[dict[str, Any], ...]:
+    """Return a verdict's checks as plain data."""
+    return tuple(
+        {
+            "limit": check.limit.name,
+            "figure": check.limit.figure,
+            "dataset": check.dataset,
+            "value": check.value,
+            "bound": check.bound,
+            "passed": check.passed,
+            "state": check.state,
+            "interval": None if check.interval is None else check.interval.to_json(),
+            "more_windows": check.more_windows,
+        }
+        for check in verdict.checks
+    )
+
+
+def by_candidate(results: Sequence[GateResult]) -> dict[str, list[GateResult]]:
+    """Group results by candidate, in order of first appearance."""
+    groups: dict[str, list[GateResult]] = {}
+    for result in results:
+        groups.setdefault(result.candidate, []).append(result)
+    return groups
+
+
+def worst(results: Sequence[GateResult]) -> GateResult:
+    """Return the result that decides over a candidate: an error before a failure before an expected one or a pass."""
+    return max(
+        results, key=lambda result: (("passed", "skipped", "failed", "error").index(result.outcome), not result.xfail)
+    )

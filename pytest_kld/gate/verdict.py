@@ -1,0 +1,190 @@
+"""The verdict on a summary, and the words of a failure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pytest_kld.errors import ScoresError
+from pytest_kld.gate.limits import LIMITS, Limit, why_missing
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pytest_kld.figures.interval import Interval
+
+State = Literal["pass", "fail", "inconclusive"]
+
+BANDS = ((0.01, "near-lossless"), (0.05, "good"), (0.1, "noticeable"), (math.inf, "significant"))
+"""Mean KL in nats below which quantization quality is called that, by the usual interpretation scale."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One limit held against one figure.
+
+    Attributes:
+        limit: the limit.
+        value: the figure.
+        bound: what it must not go beyond.
+        dataset: the dataset that it is of; None: of all.
+        interval: the figure's confidence interval; None holds the figure itself against the bound.
+        windows: the windows that it was measured on.
+
+    """
+
+    limit: Limit
+    value: float
+    bound: float
+    dataset: str | None = None
+    interval: Interval | None = None
+    windows: int = 0
+
+    @property
+    def state(self) -> State:
+        """`pass` where the whole interval is within the bound, `fail` where none of it is. NaN never is within."""
+        if self.interval is None:
+            return "pass" if self._within(self.value) else "fail"
+        low, high = self.interval.low, self.interval.high
+        best, worst = (low, high) if self.limit.upper else (high, low)
+        if self._within(worst):
+            return "pass"
+        return "inconclusive" if self._within(best) else "fail"
+
+    @property
+    def passed(self) -> bool:
+        """Whether the state is `pass`."""
+        return self.state == "pass"
+
+    @property
+    def more_windows(self) -> int | None:
+        """Return how many more windows would probably decide the limit; None if too many or none."""
+        if self.interval is None or self.state != "inconclusive":
+            return None
+        times = self.interval.times_the_text(self.value, self.bound)
+        return None if times is None else max(1, math.ceil((times - 1) * self.windows))
+
+    def __str__(self) -> str:
+        """Name the limit, the value and the margin, on one line."""
+        unit = f" {self.limit.unit}" if self.limit.unit else ""
+        sign = {(True, True): "<=", (True, False): ">", (False, True): ">=", (False, False): "<"}
+        within = self._within(self.value)
+        relation = sign[self.limit.upper, within]
+        margin = abs(self.value - self.bound)
+        times = f", {self.value / self.bound:.2f}x the limit" if self.bound and not within else ""
+        word = "within by" if within else "over by" if self.limit.upper else "short by"
+        value, bound, margin_text = (self._format(x) for x in (self.value, self.bound, margin))
+        label = f"{self.limit.label} on {self.dataset}" if self.dataset else self.limit.label
+        return (
+            f"{label} {value}{unit}{self._interval_text()} {relation} {self.limit.name} {bound} "
+            f"({word} {margin_text}{times}){self._outlook()}"
+        )
+
+    def _within(self, value: float) -> bool:
+        return value <= self.bound if self.limit.upper else value >= self.bound
+
+    def _interval_text(self) -> str:
+        if self.interval is None:
+            return ""
+        low, high = self._format(self.interval.low), self._format(self.interval.high)
+        return f" [{low}, {high}]"
+
+    def _outlook(self) -> str:
+        if self.state != "inconclusive":
+            return ""
+        more = self.more_windows
+        if more is None:
+            return "; too close to the limit for any sensible number of windows"
+        return f"; about {more:,} more windows would probably settle it"
+
+    def _format(self, number: float) -> str:
+        return f"{number:,.0f}" if self.limit.integer else f"{number:.6g}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Every limit of one test, held against one candidate's figures."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def state(self) -> State:
+        """`fail` where any check fails, else `inconclusive` where any is, else `pass`."""
+        states = {check.state for check in self.checks}
+        return "fail" if "fail" in states else "inconclusive" if "inconclusive" in states else "pass"
+
+    @property
+    def passed(self) -> bool:
+        """Whether every figure is within its limit."""
+        return self.state == "pass"
+
+    @property
+    def decided(self) -> bool:
+        """Whether no check is inconclusive."""
+        return all(check.state != "inconclusive" for check in self.checks)
+
+    def explain(self, candidate: str, reference: str, figures: Mapping[str, Any]) -> str:
+        """Tell which limits were exceeded, by how much, and which were not."""
+        by_state = {
+            state: [check for check in self.checks if check.state == state]
+            for state in ("fail", "inconclusive", "pass")
+        }
+        exceeded, undecided = len(by_state["fail"]), len(by_state["inconclusive"])
+        headline = "within all limits"
+        if exceeded:
+            headline = f"{exceeded} of {len(self.checks)} KLD limits exceeded"
+        elif undecided:
+            headline = f"{undecided} of {len(self.checks)} KLD limits inconclusive"
+        confidence = next(
+            (f" at confidence {check.interval.confidence:g}" for check in self.checks if check.interval), ""
+        )
+        lines = [
+            f"{headline}{confidence}: {candidate} against {reference}, {figures['positions']:,} positions",
+            *(f"  FAIL  {check}" for check in by_state["fail"]),
+            *(f"  ?     {check}" for check in by_state["inconclusive"]),
+            *(f"  ok    {check}" for check in by_state["pass"]),
+        ]
+        if figures["infinite_count"]:
+            lines.append(
+                f"  note  KLD is infinite at {figures['infinite_count']:,} positions: the candidate rules out tokens "
+                "that the reference deems possible"
+            )
+        return "\n".join(lines)
+
+
+def judge(
+    figures: Mapping[str, Any],
+    bounds: Mapping[str, float],
+    dataset: str | None = None,
+    *,
+    intervals: Mapping[str, Interval] | None = None,
+    windows: int = 0,
+) -> Verdict:
+    """Hold figures (by the names of `Summary`) against bounds (by the names of `LIMITS`).
+
+    Args:
+        figures: every figure.
+        bounds: the limits.
+        dataset: the dataset that they are of; None: of all.
+        intervals: confidence intervals by the figures' names; a figure without one is held as it is.
+        windows: the windows that the figures are of.
+
+    Raises:
+        ScoresError: a figure that has a limit is missing.
+
+    """
+    checks = []
+    for name, bound in bounds.items():
+        limit = LIMITS[name]
+        value = figures[limit.figure]
+        if value is None:
+            raise ScoresError(f"{name} cannot be checked: {why_missing(limit.figure)}")
+        interval = (intervals or {}).get(limit.figure)
+        checks.append(Check(limit=limit, value=value, bound=bound, dataset=dataset, interval=interval, windows=windows))
+    return Verdict(checks=tuple(checks))
+
+
+def band(mean: float) -> str:
+    """Return the word for a mean KL in nats on the usual interpretation scale."""
+    return next((word for bound, word in BANDS if mean < bound), "significant" if mean > 0 else "unknown")

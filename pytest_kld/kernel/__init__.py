@@ -1,0 +1,1 @@
+"""The arithmetic: hidden states to logits, logits to figures per position. Pure torch, no files."""

@@ -1,0 +1,144 @@
+"""Which tests are gated: marked ones, those that use `kld`, and the built-in one where there is none."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_kld.gate.limits import LIMITS, parse_marker
+from pytest_kld.session import builtin_gate
+from pytest_kld.session.config import CONFIG
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from pytest_kld.subjects.model import ModelSpec
+
+MARKER = (
+    f"kld({', '.join(LIMITS)}): gate the test on KL(reference || candidate); limits in nats are checked after its body"
+)
+
+
+def is_gated(item: pytest.Item) -> bool:
+    """Tell whether limits are checked after this test."""
+    return "kld" in getattr(item, "fixturenames", ())
+
+
+def request_fixture_of_marked(collector: pytest.Module | pytest.Class, name: str, obj: object) -> None:
+    """Give a marked test function the `kld` fixture, whether it names it or not.
+
+    Raises:
+        pytest.Collector.CollectError: a marker has an unknown or badly typed argument.
+
+    """
+    if not collector.istestfunction(obj, name):
+        return
+    own = [mark for mark in _own_marks(obj) if mark.name == "kld"]
+    inherited = list(collector.iter_markers("kld"))
+    for mark in (*own, *inherited):
+        try:
+            parse_marker(mark.args, mark.kwargs)
+        except ValueError as error:
+            raise collector.CollectError(f"{name}: {error}") from None
+    if own:
+        pytest.mark.usefixtures("kld")(obj)
+    elif inherited and not any("kld" in mark.args for mark in collector.iter_markers("usefixtures")):
+        collector.add_marker(pytest.mark.usefixtures("kld"))  # not on the function, which other classes may inherit
+
+
+def parametrize_candidates(metafunc: pytest.Metafunc) -> None:
+    """Run a test that needs candidates once for each, and for each MoE backend, unless it brings its own."""
+    config = metafunc.config.stash[CONFIG]
+    for fixture, values in (("kld_candidate", config.candidate), ("kld_moe_backend", config.moe_backend)):
+        if not values or fixture not in metafunc.fixturenames:
+            continue  # no candidates would mean a skip to pytest; the fixture makes it an error
+        # A test's own parametrization, or that of a fixture that overrides ours, is there by now: a second is refused.
+        with suppress(pytest.Collector.CollectError):
+            metafunc.parametrize(fixture, values, indirect=True, scope="session", ids=_id)
+
+
+def add_builtin_gate(session: pytest.Session, items: list[pytest.Item]) -> None:
+    """Add the built-in gate where nobody wrote a test for the candidates.
+
+    It is for candidates on the command line, or in the ini file of a directory without any test.
+
+    Raises:
+        pytest.UsageError: candidates without a reference, or limits on the command line with nothing to gate.
+
+    """
+    config = session.config.stash[CONFIG]
+    if any(is_gated(item) for item in items):
+        return
+    if config.given_candidates or (config.candidate and not items):
+        if config.ref is None:
+            _refuse(session, "--kld-candidate needs a reference to be compared with: give --kld-ref=MODEL")
+            return
+        module = BuiltinGate.from_parent(session, path=Path(builtin_gate.__file__), nodeid="kld")
+        items.extend(session.genitems(module))
+    elif config.given_limits:
+        _refuse(
+            session,
+            f"{config.given_limits[0]} is given and there is nothing to gate: give --kld-ref=MODEL and "
+            "--kld-candidate=MODEL, or collect a test that uses the kld marker or fixture",
+        )
+
+
+def mark_gated(items: list[pytest.Item]) -> None:
+    """Mark what is gated by its fixture alone, so that `-m kld` selects every gate and `-m "not kld"` none."""
+    for item in items:
+        if is_gated(item) and item.get_closest_marker("kld") is None:
+            item.add_marker(pytest.mark.kld)
+
+
+def refuse_idle_markers(session: pytest.Session, items: list[pytest.Item]) -> None:
+    """Refuse markers that arrived where they gate nothing: the test would pass unmeasured.
+
+    Raises:
+        pytest.UsageError: names the test, and the marker's valid arguments where one is wrong.
+
+    """
+    for item in items:
+        for mark in item.iter_markers("kld"):
+            try:
+                parse_marker(mark.args, mark.kwargs)
+            except ValueError as error:
+                _refuse(session, f"{item.nodeid}: {error}")
+        if item.get_closest_marker("kld") and not is_gated(item):
+            _refuse(
+                session,
+                f"{item.nodeid}: the kld marker cannot gate this test. It works on functions, on methods of plain "
+                "classes (not of unittest.TestCase) and on modules; where it is added later (by a hook, or to a single "
+                "parameter set) the test must use the kld fixture as well.",
+            )
+
+
+class BuiltinGate(pytest.Module):
+    """The module with the built-in gate, whatever the project calls its own test functions."""
+
+    def _getobj(self) -> ModuleType:
+        """Return the module, which need not be imported from a path as a user's own test is."""
+        return builtin_gate
+
+    def istestfunction(self, obj: object, name: str) -> bool:  # noqa: ARG002
+        """Accept the one function that is meant."""
+        return name == "test_kld"
+
+
+def _refuse(session: pytest.Session, message: str) -> None:
+    """End the session with a usage error; in xdist's workers with an error of the collection, which gets through."""
+    if not hasattr(session.config, "workerinput"):
+        raise pytest.UsageError(message)
+    report = pytest.CollectReport(nodeid="kld", outcome="failed", longrepr=message, result=[])
+    session.config.hook.pytest_collectreport(report=report)
+
+
+def _own_marks(obj: object) -> list[pytest.Mark]:
+    marks: Any = getattr(obj, "pytestmark", [])
+    return [mark.mark if isinstance(mark, pytest.MarkDecorator) else mark for mark in marks]
+
+
+def _id(value: ModelSpec | str) -> str:
+    return value if isinstance(value, str) else value.label

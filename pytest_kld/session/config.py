@@ -1,0 +1,197 @@
+"""The one frozen KLDConfig that options and ini keys are built into. Nothing else asks pytest for options."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pytest
+
+from pytest_kld.gate.limits import DEFAULT_BOUNDS, LIMITS, merge_bounds
+from pytest_kld.session.options import OPTIONS, Option
+from pytest_kld.subjects.model import ModelSpec
+
+if TYPE_CHECKING:
+    from pytest_kld.captures.capture import Store
+    from pytest_kld.gate.result import Inconclusive
+    from pytest_kld.kernel.head import HeadMode
+
+Metrics = Literal["core", "all"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KLDConfig:
+    """Everything the plugin was told, checked and with defaults filled in. Fields are named as the options.
+
+    Attributes:
+        ref: the reference, or None.
+        candidate: the candidates, in the order given.
+        dataset: the datasets, in the order given; relative paths start from `base`.
+        windows: number of windows, the greatest where `adaptive`; None means all that the text gives.
+        adaptive: whether to stop at fewer windows, once every limit is decided.
+        confidence: of the intervals that are held against the limits; None holds the figures themselves.
+        inconclusive: outcome of a test that the intervals leave undecided.
+        bounds: limits by name, command line over ini over default.
+        given_limits: options of limits that stand on the command line.
+        given_candidates: whether candidates stand on the command line.
+        base: the directory in which pytest was called.
+        started: when the session began, in seconds since the epoch; what is older gives way to --kld-refresh.
+
+    """
+
+    ref: ModelSpec | None
+    candidate: tuple[ModelSpec, ...]
+    tokenizer: ModelSpec | None
+    dataset: tuple[str, ...]
+    each_dataset: bool
+    windows: int | None
+    adaptive: bool
+    confidence: float | None
+    inconclusive: Inconclusive
+    window_size: int
+    stride: int
+    skip_first: int
+    metrics: Metrics
+    engine: str
+    dtype: str
+    device: str
+    trust_remote_code: bool
+    sglang_command: tuple[str, ...] | None
+    ref_args: tuple[str, ...]
+    candidate_args: tuple[str, ...]
+    ref_env: tuple[tuple[str, str], ...]
+    candidate_env: tuple[tuple[str, str], ...]
+    moe_backend: tuple[str, ...]
+    ref_url: str | None
+    candidate_url: tuple[str, ...]
+    api_key_env: str | None
+    capture_dir: Path | None
+    startup_timeout: int
+    store: Store
+    head: HeadMode
+    cache_dir: Path
+    cache_size: int | None
+    refresh: bool
+    junit: Path | None
+    json: Path | None
+    html: Path | None
+    bounds: dict[str, float]
+    given_limits: tuple[str, ...]
+    given_candidates: bool
+    base: Path
+    started: float
+
+
+_TUPLES = {option.name for option in OPTIONS if option.repeatable} | {"ref_args", "candidate_args"}
+"""Settings that are empty, not None, where nobody gives them."""
+
+CONFIG = pytest.StashKey[KLDConfig]()
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """Register every option and its ini key. Options default to None, so that an ini value shows through."""
+    group = parser.getgroup("kld", "KL divergence of quantized models (pytest-kld)")
+    for option in OPTIONS:
+        text = option.help + ("" if option.default is None else f" Default: {option.default}.")
+        if option.flag:
+            group.addoption(option.option, action="store_true", default=None, help=text)
+            parser.addini(option.ini, text, type="bool", default=None)
+        else:
+            action = "append" if option.repeatable else "store"
+            group.addoption(option.option, action=action, default=None, metavar=option.metavar, help=text)
+            if option.repeatable:
+                parser.addini(option.ini, text, type="linelist", default=None)
+            else:  # numbers too, so that native TOML may say kld_max_mean = 0.05
+                parser.addini(option.ini, text, type=str | int | float, default=None)
+
+
+def build_config(config: pytest.Config) -> KLDConfig:
+    """Check all options and ini keys and freeze them.
+
+    Raises:
+        pytest.UsageError: names the option or key, the bad value, and what would be right.
+
+    """
+    values: dict[str, Any] = {}
+    given: set[str] = set()
+    for option in OPTIONS:
+        dest = option.ini
+        raw = config.getoption(dest)
+        source, base = option.option, config.invocation_params.dir
+        if raw is None:
+            raw = config.getini(dest)
+            source, base = option.ini, config.inipath.parent if config.inipath else config.rootpath
+        else:
+            given.add(option.name)
+        if raw is None or raw == []:
+            raw, source = option.default, option.option
+            if raw is not None and option.repeatable:
+                raw = [raw]
+        values[option.name] = _parse(option, raw, source, base)
+
+    _check_servers(values)
+    if values["skip_first"] > values["window_size"] - 2:
+        raise pytest.UsageError(
+            f"--kld-skip-first: {values['skip_first']} positions leave none that predicts a token in windows of "
+            f"{values['window_size']} tokens; give at most {values['window_size'] - 2}"
+        )
+    by_limit: dict[str, float | None] = {name: value for name in LIMITS if (value := values.pop(name)) is not None}
+    from_options = [option.option for option in OPTIONS if option.name in LIMITS and option.name in given]
+    for name in _TUPLES:
+        values[name] = values[name] or ()
+    values["trust_remote_code"] = bool(values["trust_remote_code"])
+    values["refresh"] = bool(values["refresh"])
+    values["each_dataset"] = bool(values["each_dataset"])
+    values["cache_dir"] = values["cache_dir"] or _default_cache_dir()
+    values["windows"], values["adaptive"] = values["windows"]
+    if values["adaptive"] and len(values["dataset"]) > 1:
+        raise pytest.UsageError(
+            "--kld-windows=auto goes on along one text; give one --kld-dataset, or a number of windows"
+        )
+    values["confidence"] = values["confidence"] or (0.95 if values["adaptive"] else None)
+    return KLDConfig(
+        **values,
+        bounds=merge_bounds(by_limit, dict(DEFAULT_BOUNDS)),
+        given_limits=tuple(from_options),
+        given_candidates="candidate" in given,
+        base=config.invocation_params.dir,
+        started=time.time(),
+    )
+
+
+def _parse(option: Option, raw: Any, source: str, base: Path) -> Any:
+    if raw is None or option.flag:
+        return raw
+    try:
+        if not option.repeatable:
+            return option.parse(str(raw), base)
+        specs = tuple(option.parse(str(value), base) for value in raw)
+        if repeated := [value for value, spec in zip(raw, specs, strict=True) if specs.count(spec) > 1]:
+            raise ValueError(f"{repeated[-1]!r} is given twice")
+    except ValueError as error:
+        raise pytest.UsageError(f"{source}: {error}") from None
+    return specs
+
+
+def _check_servers(values: dict[str, Any]) -> None:
+    """Refuse options that contradict each other."""
+    candidates, urls = values["candidate"] or (), values["candidate_url"] or ()
+    if urls and len(urls) != len(candidates):
+        raise pytest.UsageError(
+            f"--kld-candidate-url: {len(urls)} URLs for {len(candidates)} candidates; give one for each, in their order"
+        )
+    if values["moe_backend"] and (urls or values["engine"] == "transformers"):
+        raise pytest.UsageError("--kld-moe-backend needs SGLang servers that are booted here, one for each backend")
+    if (urls or values["ref_url"]) and not values["capture_dir"]:
+        raise pytest.UsageError(
+            "--kld-ref-url and --kld-candidate-url need --kld-capture-dir: the directory that the server's environment "
+            "variable PYTEST_KLD_CAPTURE_DIR names, as this machine sees it"
+        )
+
+
+def _default_cache_dir() -> Path:
+    from platformdirs import user_cache_path
+
+    return user_cache_path("pytest-kld")

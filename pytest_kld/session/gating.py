@@ -1,0 +1,204 @@
+"""What happens to a gated test as it runs, and to its result afterwards."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_kld.errors import CacheError
+from pytest_kld.gate.result import GateResult, Outcome, checks_of
+from pytest_kld.gate.verdict import Verdict
+from pytest_kld.report import terminal
+from pytest_kld.report.diagnosis import diagnosis_lines
+from pytest_kld.session.config import CONFIG
+from pytest_kld.session.fixtures import backend_of, candidate_label, reference_label
+from pytest_kld.session.kld import KLD
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from _pytest.terminal import TerminalReporter
+
+_SETUP_SECONDS = pytest.StashKey[float]()
+_BODY_PASSED = pytest.StashKey[bool]()
+"""Set when the limits decide over the test, so that it is not taken for a failure or a skip of the body."""
+
+_OUTCOMES: dict[str, Outcome] = {"fail": "failed", "pass": "passed", "skip": "skipped"}
+
+_CRASH = "???"
+"""What xdist writes for the phase of a test in which its worker died."""
+
+
+def check_limits(item: pytest.Item) -> None:
+    """Fail the test if a figure is over its limit; where that is undecided, do what --kld-inconclusive says.
+
+    Does nothing for tests that are not gated.
+    """
+    kld = _kld_of(item)
+    if kld is None or (verdict := kld.verdict()).passed:
+        return
+    item.stash[_BODY_PASSED] = True
+    outcome = item.config.stash[CONFIG].inconclusive if verdict.state == "inconclusive" else "fail"
+    if outcome == "fail":
+        pytest.fail(explain(kld, verdict), pytrace=False)
+    if outcome == "skip":
+        pytest.skip(explain(kld, verdict))
+
+
+def explain(kld: KLD, verdict: Verdict) -> str:
+    """Return the words of a verdict."""
+    return verdict.explain(kld.candidate, kld.reference, kld.summary.to_json())
+
+
+def attach_result(item: pytest.Item, report: pytest.TestReport) -> None:
+    """Put the result on the report of the phase that decided it, where reports and xdist find it.
+
+    A test that is skipped is not gated and has no result. One that is expected to fail has: it was measured.
+    """
+    if report.when == "setup":
+        item.stash[_SETUP_SECONDS] = report.duration
+    if report.when == "teardown" or (report.when == "setup" and report.passed):
+        return
+    if report.skipped and not hasattr(report, "wasxfail") and not item.stash.get(_BODY_PASSED, False):
+        return
+    kld = _kld_of(item)
+    result = _result(item, report, kld)
+    item.user_properties[:] = [pair for pair in item.user_properties if not pair[0].startswith("kld_")]
+    item.user_properties.extend(result.properties())
+    report.user_properties = list(item.user_properties)
+    report.kld = result.to_json()  # type: ignore[attr-defined]
+    if kld is not None and result.body_passed is False and not (verdict := kld.verdict()).passed:
+        report.sections.append(("kld", explain(kld, verdict)))
+    if result.outcome == "failed" and result.diagnosis:
+        report.sections.append(("kld diagnosis", "\n".join(diagnosis_lines(result.diagnosis))))
+
+
+def _result(item: pytest.Item, report: pytest.TestReport, kld: KLD | None) -> GateResult:
+    config = item.config.stash[CONFIG]
+    verdict = kld.verdict() if kld else None
+    called, xfail = report.when == "call", hasattr(report, "wasxfail")
+    body_passed = (report.passed or item.stash.get(_BODY_PASSED, False)) if called else None
+    outcome: Outcome = "passed"
+    if kld is None or not called:
+        outcome = "error"
+    elif not body_passed or (verdict and verdict.state == "fail"):
+        outcome = "failed"
+    elif verdict and verdict.state == "inconclusive":
+        outcome = _OUTCOMES[config.inconclusive]
+    return GateResult(
+        nodeid=item.nodeid,
+        reference=reference_label(config),
+        candidate=candidate_label(item),
+        outcome=outcome,
+        xfail=xfail,
+        message="" if outcome == "passed" else report.longreprtext,
+        body_passed=body_passed,
+        figures=kld.summary.to_json() if kld else None,
+        datasets={name: summary.to_json() for name, summary in kld.datasets.items()} if kld else {},
+        intervals={name: interval.to_json() for name, interval in kld.intervals.items()} if kld else {},
+        checks=checks_of(verdict) if verdict else (),
+        undecided=config.inconclusive,
+        about=kld.scores.about if kld else None,
+        diagnosis=dict(kld.diagnosis) if kld and kld.diagnosis else None,
+        seconds=item.stash.get(_SETUP_SECONDS, 0.0) + (report.duration if called else 0.0),
+        backend=backend_of(item),
+        profile=_profile(kld) if kld and config.html else None,
+    )
+
+
+class Results:
+    """Collects results where the terminal is (under xdist: in the controller) and writes the reports."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        """Begin with none."""
+        self._config = config
+        self._by_test: dict[str, GateResult] = {}
+        self._complaints: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Keep the result of each test; of a test that was run again, the last."""
+        data: dict[str, Any] | None = getattr(report, "kld", None)
+        if data is not None:
+            result = GateResult.from_json(data)
+            self._by_test[result.nodeid] = result
+        elif report.when == _CRASH and (lost := self._lost(report)):
+            self._by_test[lost.nodeid] = lost
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Write the report files, also when nothing was gated: an old file must not pass for this session's."""
+        if self._config.option.collectonly:
+            return
+        for write, path in self._files():
+            try:
+                write(path, self._results())
+            except CacheError as error:  # the figures are still worth showing, so the session ends as usual
+                self._complaints.append(f"cannot write the report {path}: {error.__cause__}")
+                session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: TerminalReporter) -> None:
+        """Print the table."""
+        results, config = self._results(), self._config.stash[CONFIG]
+        for complaint in self._complaints:
+            terminalreporter.write_line(f"ERROR: {complaint}", red=True)
+        if not results:
+            return
+        terminalreporter.section("KLD")
+        for line in (*terminal.table(results), *terminal.notes(results)):
+            terminalreporter.write_line(line)
+        for name, path in (("JUnit", config.junit), ("JSON", config.json), ("HTML", config.html)):
+            if path and not self._complaints:
+                terminalreporter.write_line(f"{name} report: {path}")
+
+    def _files(self) -> Iterator[tuple[Callable[[Path, Sequence[GateResult]], None], Path]]:
+        config = self._config.stash[CONFIG]
+        if config.junit:
+            from pytest_kld.report.junit import write_junit
+
+            yield write_junit, config.junit
+        if config.json:
+            from pytest_kld.report.json_file import write_json_report
+
+            yield write_json_report, config.json
+        if config.html:
+            from pytest_kld.report.html import write_html_report
+
+            yield write_html_report, config.html
+
+    def _lost(self, report: pytest.TestReport) -> GateResult | None:
+        """Return the result of a test that took its process with it, if its name tells that it was gated."""
+        config = self._config.stash[CONFIG]
+        parameters = report.nodeid.partition("[")[2]
+        named = [model.label for model in config.candidate if model.label in parameters]
+        if not named:
+            return None
+        return GateResult(
+            nodeid=report.nodeid,
+            reference=reference_label(config),
+            candidate=max(named, key=len),
+            outcome="error",
+            message=report.longreprtext,
+        )
+
+    def _results(self) -> list[GateResult]:
+        """Return the results in the order in which the candidates were named, however workers finished."""
+        labels = [model.label for model in self._config.stash[CONFIG].candidate]
+
+        def rank(result: GateResult) -> int:
+            name = result.candidate
+            named = [label for label in labels if name == label or name.startswith(f"{label} (")]  # (MoE backend)
+            return labels.index(named[0]) if named else len(labels)
+
+        return sorted(self._by_test.values(), key=rank)
+
+
+def _kld_of(item: pytest.Item) -> KLD | None:
+    kld = getattr(item, "funcargs", {}).get("kld")
+    return kld if isinstance(kld, KLD) else None
+
+
+def _profile(kld: KLD) -> dict[str, Any]:
+    from pytest_kld.figures.profile import profile_of
+
+    return profile_of(kld.scores)

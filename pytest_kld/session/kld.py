@@ -1,0 +1,196 @@
+"""What a test sees of one candidate: figures that explain themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from pytest_kld.errors import ScoresError
+from pytest_kld.gate.figure import Figure
+from pytest_kld.gate.limits import LIMITS, why_missing
+from pytest_kld.gate.verdict import Verdict, judge
+
+if TYPE_CHECKING:
+    from pytest_kld.diagnosis import Diagnosis
+    from pytest_kld.figures.interval import Interval
+    from pytest_kld.figures.scores import Scores
+
+
+class KLD:
+    """The figures of one candidate, for assertions: `assert kld.p99 < 0.3`.
+
+    Divergences are in nats. See `Summary` for each figure's definition.
+
+    Attributes:
+        reference: how the user named the reference.
+        candidate: how the user named the candidate.
+        bounds: the limits that are checked after the test's body, by name.
+        each_dataset: whether they hold for each of several datasets too.
+        scores: the table per position, without the positions that `--kld-skip-first` leaves out.
+        datasets: every figure of each dataset, by its name.
+        summary: every figure; of several datasets, their macro average.
+        intervals: a confidence interval of each figure that has one; empty without --kld-confidence.
+        diagnosis: where the candidate departs from the reference, see `diagnosis.Diagnosis`.
+
+    """
+
+    def __init__(
+        self,
+        *,
+        reference: str,
+        candidate: str,
+        bounds: Mapping[str, float],
+        scores: Scores,
+        each_dataset: bool = False,
+        confidence: float | None = None,
+        spend: float = 1.0,
+    ) -> None:
+        """Draw the figures from the scores. See `uncertainty.intervals` for `spend`.
+
+        Raises:
+            ScoresError: there is nothing to draw them from, or a figure that has a limit is missing.
+
+        """
+        from pytest_kld.figures.scores import Summary
+
+        self.reference = reference
+        self.candidate = candidate
+        self.bounds = dict(bounds)
+        self.each_dataset = each_dataset
+        self.scores = scores
+        self.datasets = {name: Summary.of(table) for name, table in scores.by_dataset().items()}
+        summaries = list(self.datasets.values())
+        self.summary = Summary.macro_average(summaries) if len(summaries) > 1 else summaries[0]
+        self.intervals: dict[str, Interval] = {}
+        self._dataset_intervals: dict[str, dict[str, Interval]] = {}
+        if confidence is not None:
+            self._find_intervals(confidence, spend)
+        self.diagnosis: Diagnosis | None = None
+        self.verdict()  # a limit that cannot be checked is an error before the test's body, not a failure after it
+
+    def __repr__(self) -> str:
+        """Name the pair and the headline figures."""
+        summary = self.summary
+        return (
+            f"<kld of {self._pair}: mean {summary.mean:.6g}, p99 {summary.p99:.6g}, max {summary.max:.6g} nats, "
+            f"NaN {summary.candidate_nan_count}, top-1 {summary.top1_agreement:.2%}>"
+        )
+
+    def verdict(self) -> Verdict:
+        """Hold the figures against the limits."""
+        windows = len(self.scores.columns["flags"])
+        checks = judge(self.summary.to_json(), self.bounds, intervals=self.intervals, windows=windows).checks
+        if self.each_dataset and len(self.datasets) > 1:
+            for name, summary in self.datasets.items():
+                known = self._dataset_intervals.get(name)
+                checks += judge(summary.to_json(), self.bounds, name, intervals=known, windows=windows).checks
+        return Verdict(checks=checks)
+
+    def _find_intervals(self, confidence: float, spend: float) -> None:
+        from pytest_kld.figures.uncertainty import intervals, macro_average
+
+        tables = self.scores.by_dataset()
+        self._dataset_intervals = {name: intervals(table, confidence, spend=spend) for name, table in tables.items()}
+        parts = list(self._dataset_intervals.values())
+        self.intervals = parts[0] if len(parts) == 1 else macro_average(parts, list(self.datasets.values()))
+
+    @property
+    def mean(self) -> Figure:
+        """Mean KL(reference ‖ candidate) in nats."""
+        return self._figure("mean")
+
+    @property
+    def median(self) -> Figure:
+        """Median KL in nats."""
+        return self._figure("median")
+
+    @property
+    def p95(self) -> Figure:
+        """95 % quantile of KL in nats."""
+        return self._figure("p95")
+
+    @property
+    def p99(self) -> Figure:
+        """99 % quantile of KL in nats."""
+        return self._figure("p99")
+
+    @property
+    def p999(self) -> Figure:
+        """99.9 % quantile of KL in nats."""
+        return self._figure("p999")
+
+    @property
+    def max(self) -> Figure:
+        """Largest KL in nats."""
+        return self._figure("max")
+
+    @property
+    def nan_count(self) -> int:
+        """Positions where the candidate is not finite."""
+        return self.summary.candidate_nan_count
+
+    @property
+    def reference_nan_count(self) -> int:
+        """Positions where the reference is not finite."""
+        return self.summary.reference_nan_count
+
+    @property
+    def top1_agreement(self) -> Figure:
+        """Share of positions with the same most probable token, in [0, 1]."""
+        return self._figure("top1_agreement")
+
+    @property
+    def ppl_ratio(self) -> Figure:
+        """Candidate's perplexity over the reference's."""
+        return self._figure("ppl_ratio")
+
+    @property
+    def log_ppl_ratio(self) -> Figure:
+        """Its natural logarithm, in nats."""
+        return self._figure("log_ppl_ratio")
+
+    @property
+    def rms_delta_p(self) -> Figure:
+        """Root mean square of the change in the label's probability, in [0, 1]."""
+        return self._figure("rms_delta_p")
+
+    @property
+    def flips(self) -> Figure:
+        """Share of the positions where the reference is confident at which the top token changed."""
+        return self._figure("flips")
+
+    @property
+    def reverse_kl(self) -> Figure:
+        """Mean KL(candidate ‖ reference) in nats."""
+        return self._figure("reverse_kl")
+
+    @property
+    def js(self) -> Figure:
+        """Mean Jensen-Shannon divergence in nats."""
+        return self._figure("js")
+
+    @property
+    def tv(self) -> Figure:
+        """Mean total variation distance, in [0, 1]."""
+        return self._figure("tv")
+
+    @property
+    def top5_overlap(self) -> Figure:
+        """Mean share of the reference's top five tokens that are among the candidate's."""
+        return self._figure("top5_overlap")
+
+    @property
+    def abs_entropy_difference(self) -> Figure:
+        """Mean absolute difference of the entropies in nats."""
+        return self._figure("abs_entropy_difference")
+
+    @property
+    def _pair(self) -> str:
+        return f"{self.candidate} against {self.reference}"
+
+    def _figure(self, name: str) -> Figure:
+        limit = next(limit for limit in LIMITS.values() if limit.figure == name)
+        value = getattr(self.summary, name)
+        if value is None:
+            raise ScoresError(f"there is no kld.{name}: {why_missing(name)}")
+        return Figure(value, label=limit.label, unit=limit.unit, pair=self._pair)

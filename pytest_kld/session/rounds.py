@@ -1,0 +1,59 @@
+"""Adaptive windows: look at the data after each round and stop as soon as every limit is decided."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pytest_kld.figures.schedule import schedule
+from pytest_kld.figures.scores import Summary
+from pytest_kld.figures.uncertainty import intervals
+from pytest_kld.gate.verdict import judge
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pytest_kld.captures.capture import Capture
+    from pytest_kld.figures.scores import Scores
+    from pytest_kld.session.measurement import Measurement
+    from pytest_kld.text.windows import Windows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounds:
+    """One pair that is measured in rounds.
+
+    Attributes:
+        measurement: where captures and scores come from.
+        reference: the reference's capture of the first round, or of more windows.
+        candidate: the candidate's.
+        windows: all that there may be.
+        extended: whether the columns of the second pass are needed.
+
+    """
+
+    measurement: Measurement
+    reference: Capture
+    candidate: Capture
+    windows: Windows
+    extended: bool = False
+
+    def until_decided(self, bounds: Mapping[str, float]) -> tuple[Scores, float]:
+        """Return the scores of the first round that decides every limit, or of the last, and what it may spend.
+
+        Reference and candidate advance together; what the cache holds is looked at and not made again.
+        """
+        config, reference, candidate, scores = self.measurement.config, self.reference, self.candidate, None
+        assert config.confidence is not None
+        for look in schedule(self.windows.count):
+            windows = self.windows.first(look.windows)
+            reference = self.measurement.extend(reference, windows, None)
+            candidate = self.measurement.extend(candidate, windows, reference)
+            scores = self.measurement.scores(reference, candidate, windows, extended=self.extended, known=scores)
+            counted = scores.without_first(config.skip_first)
+            known = intervals(counted, config.confidence, spend=look.spend)
+            verdict = judge(Summary.of(counted).to_json(), bounds, intervals=known, windows=look.windows)
+            self.measurement.progress.note(f"{candidate.name}, {look.windows} windows: {verdict.state}")
+            if verdict.decided:
+                break
+        return counted, look.spend

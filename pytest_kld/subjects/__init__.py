@@ -1,0 +1,1 @@
+"""What is measured: models, and what identifies their bits."""

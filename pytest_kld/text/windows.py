@@ -1,0 +1,235 @@
+"""Windows: the token ids that both sides are run on."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pytest_kld.errors import CorpusError, ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    from pytest_kld.subjects.model import ModelSpec
+    from pytest_kld.text.corpus import Corpus, Render
+
+MIN_WINDOW_SIZE = 2
+"""A window needs one token to condition on and one to predict."""
+_TODAY = {"d": "26", "m": "07", "b": "Jul", "B": "July", "Y": "2024", "y": "24", "A": "Friday", "a": "Fri"}
+_FIXED_DATE = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f" | replace('%{code}', '{text}')" for code, text in _TODAY.items())
+    + " }}{%- endmacro -%}"
+)
+"""What a chat template gets in place of today's date: the one that Llama 3's templates fall back on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Windows:
+    """Sliding windows over the stretch of tokens of one dataset, or of several, one after the other.
+
+    Attributes:
+        token_ids: [windows, positions], int32. Position i of a window predicts its token i + 1.
+        starts: [windows], where each window begins in the tokenized text of its dataset.
+        stride: distance between two starts in tokens.
+        dataset: the name of the text; of several, the names with commas.
+        text_sha256: its digest; of several, the digest of their digests.
+        tokenizer: the label of the model whose tokenizer cut it.
+        bos: the id that stands in place of each window's first token, where the tokenizer puts one before a
+            text (as llama.cpp's perplexity does); None where it does not.
+        parts: the windows of each dataset, where there are several.
+
+    """
+
+    token_ids: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    stride: int
+    dataset: str
+    text_sha256: str
+    tokenizer: str
+    bos: int | None
+    parts: tuple[Windows, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Return the number of windows."""
+        return int(self.token_ids.shape[0])
+
+    @property
+    def size(self) -> int:
+        """Return the number of positions in a window."""
+        return int(self.token_ids.shape[1])
+
+    @property
+    def digest(self) -> str:
+        """Return the SHA-256 of shape and token ids, in hexadecimal: what the model sees, and nothing else."""
+        ids = np.ascontiguousarray(self.token_ids, dtype="<i4")
+        return hashlib.sha256(f"{ids.shape}".encode() + ids.tobytes()).hexdigest()
+
+    def first(self, count: int) -> Windows:
+        """Return the first windows."""
+        return replace(self, token_ids=self.token_ids[:count], starts=self.starts[:count])
+
+    def protocol(self) -> dict[str, Any]:
+        """Return how the windows were made, as JSON for manifests and reports."""
+        return {
+            "dataset": self.dataset,
+            "datasets": [
+                {"dataset": part.dataset, "text_sha256": part.text_sha256, "windows": part.count}
+                for part in self.parts or (self,)
+            ],
+            "text_sha256": self.text_sha256,
+            "tokenizer": self.tokenizer,
+            "windows": self.count,
+            "window_size": self.size,
+            "stride": self.stride,
+            "bos": self.bos,
+            "token_ids_sha256": self.digest,
+        }
+
+
+def load_tokenizer(model: ModelSpec, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Raises:
+        ModelError: it has none, or it cannot be loaded.
+
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.source, revision=model.revision or "main", trust_remote_code=trust_remote_code
+        )
+        usable = len(tokenizer("a b c", add_special_tokens=False)["input_ids"]) > 0
+    except Exception as error:  # tokenizers raise whatever their files make them
+        raise ModelError(_no_tokenizer(model, f": {error}")) from error
+    if not usable:  # transformers makes an empty tokenizer up where files are missing
+        raise ModelError(_no_tokenizer(model, ""))
+    return tokenizer
+
+
+def _no_tokenizer(model: ModelSpec, reason: str) -> str:
+    return f"{model.label} has no tokenizer that loads{reason}. Name a model that has one with --kld-tokenizer."
+
+
+def cut_windows(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    count: int | None,
+    size: int,
+    stride: int,
+    label: str,
+) -> Windows:
+    """Tokenize a text and cut sliding windows from its start.
+
+    Args:
+        corpus: the text.
+        tokenizer: a transformers tokenizer.
+        count: number of windows; None takes all that fit.
+        size: tokens in a window.
+        stride: tokens between two starts.
+        label: the tokenizer's name for the protocol.
+
+    Raises:
+        CorpusError: the text gives fewer windows than asked for, or a window is too short to score.
+
+    """
+    if size < MIN_WINDOW_SIZE:
+        raise CorpusError(
+            f"--kld-window-size: a window of {size} token predicts nothing; give {MIN_WINDOW_SIZE} or more"
+        )
+    # One long text is meant here, so the tokenizer's warning about the model's context length is not.
+    ids = tokenizer(corpus.text, add_special_tokens=False, verbose=False)["input_ids"]
+    available = max(0, (len(ids) - size) // stride + 1) if len(ids) >= size else 0
+    wanted = count if count is not None else max(available, 1)
+    if available < wanted:
+        raise CorpusError(
+            f"the dataset {corpus.name} is too short: its {len(ids):,} tokens give {available} windows of {size:,} "
+            f"tokens at stride {stride:,}, and {wanted} are asked for. Give a longer text (--kld-dataset), fewer "
+            "windows (--kld-windows, or --kld-windows=max for all there are), or smaller ones (--kld-window-size, "
+            "--kld-stride)."
+        )
+    starts = np.arange(wanted, dtype=np.int64) * stride
+    token_ids = np.asarray(ids, dtype=np.int32)[starts[:, None] + np.arange(size)]
+    bos = _leading_bos(tokenizer)
+    if bos is not None:
+        token_ids[:, 0] = bos
+    return Windows(
+        token_ids=token_ids,
+        starts=starts,
+        stride=stride,
+        dataset=corpus.name,
+        text_sha256=corpus.sha256,
+        tokenizer=label,
+        bos=bos,
+    )
+
+
+def join_windows(parts: Sequence[Windows]) -> Windows:
+    """Put the windows of several datasets, cut in the same way, one after the other.
+
+    They are one stretch of work for an engine and one table of scores: a model is loaded once for all of them.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    return replace(
+        parts[0],
+        token_ids=np.concatenate([part.token_ids for part in parts]),
+        starts=np.concatenate([part.starts for part in parts]),
+        dataset=", ".join(part.dataset for part in parts),
+        text_sha256=hashlib.sha256("".join(part.text_sha256 for part in parts).encode()).hexdigest(),
+        parts=tuple(parts),
+    )
+
+
+def chat_renderer(tokenizer: PreTrainedTokenizerBase, label: str) -> Render:
+    """Return what renders conversations with a tokenizer's chat template, without a prompt for an answer.
+
+    A template that writes today's date is given a fixed one, or the windows would be others tomorrow.
+    """
+
+    def render(messages: list[Any]) -> str:
+        if not tokenizer.chat_template:
+            raise CorpusError(f"the tokenizer of {label} has none; name a model that has one with --kld-tokenizer")
+        template = _FIXED_DATE + tokenizer.get_chat_template()
+        return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
+
+    return render
+
+
+def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    bos: int | None = tokenizer.bos_token_id
+    with_special: list[int] = tokenizer("a")["input_ids"]
+    return bos if bos is not None and with_special[:1] == [bos] else None
+
+
+def check_same_tokens(
+    windows: Windows,
+    reference: PreTrainedTokenizerBase,
+    candidate: PreTrainedTokenizerBase,
+    candidate_label: str,
+) -> None:
+    """Refuse a candidate whose tokenizer gives the windows' ids another meaning.
+
+    Raises:
+        ModelError: names the first id that differs.
+
+    """
+    used = np.unique(windows.token_ids).tolist()
+    ours, theirs = reference.convert_ids_to_tokens(used), candidate.convert_ids_to_tokens(used)
+    for token_id, one, other in zip(used, ours, theirs, strict=True):
+        if one != other:
+            raise ModelError(
+                f"token ids differ between reference and candidate: id {token_id} is {one!r} for {windows.tokenizer} "
+                f"and {other!r} for {candidate_label}. Their distributions are over different vocabularies, so KL "
+                "divergence says nothing. If the candidate's tokenizer files are wrong and its weights are not, name "
+                "the right tokenizer for both with --kld-tokenizer."
+            )

@@ -1,0 +1,176 @@
+"""Recording: whole entries, made once, and resumed when interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from recorded import load, own_logits, record
+
+from pytest_kld.captures.capture import Capture
+from pytest_kld.captures.recording import capture_bytes, require_fits
+from pytest_kld.engines.transformers import TransformersEngine
+from pytest_kld.errors import KLDError, ModelError
+from pytest_kld.subjects.model import ModelSpec
+
+if TYPE_CHECKING:
+    from pytest_kld.text.windows import Windows
+
+RECORD = """
+import os, sys, time
+from pathlib import Path
+import numpy as np
+from pytest_kld.captures.cache import Cache
+from pytest_kld.engines.transformers import TransformersEngine
+from pytest_kld.subjects.model import ModelSpec
+from pytest_kld.progress import Silent
+from pytest_kld.captures.recording import Recording
+from pytest_kld.text.windows import Windows
+
+model, root, seconds = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
+ids = np.arange(5 * 64, dtype=np.int32).reshape(5, 64)
+windows = Windows(token_ids=ids, starts=np.arange(5), stride=64, dataset="", text_sha256="", tokenizer="", bos=None)
+
+class Slow(TransformersEngine):
+    def _load(self, *args):
+        network = TransformersEngine._load(self, *args)
+        def note(*_):
+            with (root / "runs").open("a") as file:
+                file.write("x")
+            time.sleep(seconds)
+        network.register_forward_hook(note)
+        return network
+
+recording = Recording(engine=Slow(device="cpu"), model=ModelSpec.parse(str(model), Path()), arguments={},
+                      windows=windows, store="logits", key={"a": 1})
+cache = Cache(root / "cache")
+entry = cache.capture_entry(recording.key)
+with cache.lock(entry, lambda: None):
+    if not (entry / "capture.json").is_file():
+        recording.run(cache, entry, Silent())
+"""
+
+
+def start(model: Path, root: Path, seconds: float) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", RECORD, str(model), str(root), str(seconds)])
+
+
+def runs(root: Path) -> int:
+    return len((root / "runs").read_text()) if (root / "runs").is_file() else 0
+
+
+def test_a_killed_capture_is_resumed_and_complete_windows_are_not_run_again(
+    reference_dir: Path, tmp_path: Path
+) -> None:
+    killed = start(reference_dir, tmp_path, 0.3)
+    while not list(tmp_path.glob("cache/captures/*.partial/windows/00001.safetensors")):
+        assert killed.poll() is None
+        time.sleep(0.01)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not list(tmp_path.rglob("capture.json"))
+    done = len(list(tmp_path.glob("cache/captures/*.partial/windows/0*.safetensors")))
+    before = runs(tmp_path)
+    assert start(reference_dir, tmp_path, 0).wait() == 0
+    assert runs(tmp_path) - before == 5 - done
+    (manifest,) = tmp_path.rglob("capture.json")
+    capture = Capture.open(manifest.parent)
+    capture.verify()
+    assert capture.windows == 5
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_two_processes_make_an_entry_once(reference_dir: Path, tmp_path: Path) -> None:
+    racing = [start(reference_dir, tmp_path, 0.1) for _ in range(2)]
+    assert [process.wait() for process in racing] == [0, 0]
+    assert runs(tmp_path) == 5
+    assert len(list(tmp_path.rglob("capture.json"))) == 1
+
+
+@pytest.mark.parametrize("store", ["hidden", "logits", "logprobs"])
+def test_every_store_holds_what_the_model_says(
+    store: Any, reference_dir: Path, windows: Windows, tmp_path: Path
+) -> None:
+    capture = record(reference_dir, windows, tmp_path, store=store, dtype="bfloat16")
+    assert (capture.store, capture.windows, capture.vocab_size) == (store, 3, 1024)
+    for window in range(3):
+        ids = capture.token_ids(window)
+        assert ids is not None
+        assert ids.tolist() == windows.token_ids[window].tolist()
+    rows = torch.stack([capture.rows(window, 0, 64) for window in range(3)])
+    engine = own_logits(load(reference_dir, "bfloat16"), windows)
+    if store == "hidden":
+        assert (rows.dtype, rows.shape) == (torch.bfloat16, (3, 64, 64))
+    elif store == "logits":
+        assert torch.equal(rows, engine)
+    else:
+        torch.testing.assert_close(rows, engine.float().log_softmax(-1))
+        assert sorted(p.name for p in capture.path.iterdir())[:3] == [f"{i}.safetensors" for i in range(3)]
+
+
+@pytest.mark.parametrize("store", ["hidden", "logits", "logprobs"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_capture_takes_the_bytes_that_were_announced(
+    store: Any, dtype: str, reference_dir: Path, windows: Windows, tmp_path: Path
+) -> None:
+    capture = record(reference_dir, windows, tmp_path, store=store, dtype=dtype)
+    facts = TransformersEngine(dtype=dtype).facts(ModelSpec.parse(str(reference_dir), Path()), {})
+    announced = capture_bytes(facts, windows, store, 2)
+    used = sum(path.stat().st_size for path in capture.path.rglob("*") if path.is_file())
+    assert 0 <= announced - used <= 1 << 20
+    assert capture.manifest["files"] == {
+        name: {"bytes": (capture.path / name).stat().st_size, "sha256": entry["sha256"]}
+        for name, entry in capture.manifest["files"].items()
+    }
+
+
+def test_a_file_size_limit_is_an_error_as_a_full_disk_is(reference_dir: Path, tmp_path: Path) -> None:
+    limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n{RECORD}"
+    command = [sys.executable, "-c", limited, str(reference_dir), str(tmp_path), "0"]
+    run = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert "CacheError: cannot write" in run.stderr
+    assert not [
+        path for path in tmp_path.rglob("*") if path.suffix in (".tmp", ".json") and path.name != "CACHEDIR.TAG"
+    ]
+
+
+def test_ids_beyond_the_vocabulary_and_windows_beyond_the_context_are_refused(
+    reference_dir: Path, windows: Windows
+) -> None:
+    from dataclasses import replace
+
+    facts = TransformersEngine().facts(ModelSpec.parse(str(reference_dir), Path()), {})
+    greatest = int(windows.token_ids.max())
+    require_fits(replace(facts, vocab_size=greatest + 1, context_length=64), windows, "model")
+    with pytest.raises(
+        ModelError, match=rf"vocabulary of model has {greatest} tokens, and the windows use id {greatest}"
+    ):
+        require_fits(replace(facts, vocab_size=greatest), windows, "model")
+    with pytest.raises(ModelError, match=r"made for 63 positions and the windows have 64.*--kld-window-size"):
+        require_fits(replace(facts, context_length=63), windows, "model")
+
+
+def test_a_failed_recording_publishes_nothing(reference_dir: Path, windows: Windows, tmp_path: Path) -> None:
+    def fail_at_third(network: Any) -> Any:
+        calls = iter(range(3))
+
+        def hook(*_: Any) -> None:
+            if next(calls, None) is None:
+                raise RuntimeError("out of luck")
+
+        network.register_forward_hook(hook)
+        return network
+
+    with pytest.raises(KLDError, match="forward pass failed: RuntimeError: out of luck"):
+        record(reference_dir, windows, tmp_path, alter=fail_at_third)
+    assert not list(tmp_path.rglob("capture.json"))
+    resumed = record(reference_dir, windows, tmp_path)
+    assert json.loads((resumed.path / "capture.json").read_text())["complete"] is True

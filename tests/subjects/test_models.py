@@ -1,0 +1,106 @@
+"""What a user may name as a model, and what identifies its bits."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pytest_kld.errors import ModelError
+from pytest_kld.subjects.model import ModelSpec, is_capture
+
+COMMITS = {"main": "a" * 40, "v2": "b" * 40}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub cache as `hf download` fills it, with two revisions of one model, and no network."""
+    model = tmp_path / "models--org--name"
+    for revision, commit in COMMITS.items():
+        (model / "snapshots" / commit).mkdir(parents=True)
+        (model / "snapshots" / commit / "config.json").write_text("{}")
+        (model / "refs").mkdir(exist_ok=True)
+        (model / "refs" / revision).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return tmp_path
+
+
+def model_dir(path: Path) -> Path:
+    (path / ".cache").mkdir(parents=True)
+    (path / "config.json").write_text("{}")
+    (path / "model.safetensors").write_bytes(b"12345678")
+    return path
+
+
+def test_a_directory_is_taken_where_there_is_one(tmp_path: Path) -> None:
+    path = model_dir(tmp_path / "org" / "name@v2")
+    spec = ModelSpec.parse("org/name@v2", tmp_path)
+    assert spec == ModelSpec(name="org/name@v2", path=path)
+    assert (spec.label, spec.source, spec.pin()) == ("org/name@v2", str(path), spec)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "revision"),
+    [
+        ("gpt2", "gpt2", None),
+        ("org/name", "org/name", None),
+        ("Qwen/Qwen3-0.6B@refs/pr/1", "Qwen/Qwen3-0.6B", "refs/pr/1"),
+    ],
+)
+def test_a_hub_id_may_have_a_revision(text: str, name: str, revision: str | None, tmp_path: Path) -> None:
+    spec = ModelSpec.parse(text, tmp_path)
+    assert (spec.name, spec.revision, spec.path, spec.label) == (name, revision, None, text)
+
+
+@pytest.mark.parametrize("text", ["./nothing", "/nothing/here", "a/b/c", "org/name@", "@v1", "org/na me", "~/nothing"])
+def test_what_is_neither_directory_nor_hub_id_is_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there is no directory .*, and it is no hub id \(ORG/NAME\[@REVISION\]\)"):
+        ModelSpec.parse(text, tmp_path)
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty is neither a model directory \(no config\.json\) nor a capture"):
+        ModelSpec.parse("empty", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["capture.json", "0.safetensors"])
+def test_a_capture_is_known_by_its_first_file(name: str, tmp_path: Path) -> None:
+    assert not is_capture(tmp_path)
+    assert not is_capture(None)
+    (tmp_path / name).write_text("")
+    assert is_capture(ModelSpec.parse(str(tmp_path), Path()).path)
+
+
+@pytest.mark.parametrize(("revision", "commit"), [(None, "a"), ("main", "a"), ("v2", "b"), ("b" * 40, "b")])
+def test_a_hub_id_is_pinned_to_its_commit_offline(revision: str | None, commit: str, hub: Path) -> None:
+    pinned = ModelSpec(name="org/name", revision=revision).pin()
+    assert pinned.revision == commit * 40
+    assert pinned.identity() == {"hub": "org/name", "commit": commit * 40}
+    assert pinned.pin() == pinned
+
+
+@pytest.mark.parametrize(("name", "revision"), [("org/other", None), ("org/name", "v3")])
+def test_a_model_that_is_not_there_is_an_error(name: str, revision: str | None, hub: Path) -> None:
+    spec = ModelSpec(name=name, revision=revision)
+    with pytest.raises(ModelError, match=rf"cannot find the model {spec.label}: .*no local directory.*hf download"):
+        spec.pin()
+
+
+def test_identity_of_a_directory_changes_with_its_files_and_not_with_its_place(tmp_path: Path) -> None:
+    path = model_dir(tmp_path / "model")
+    first = ModelSpec(name="m", path=path).identity()
+    path.rename(tmp_path / "moved")
+    path = tmp_path / "moved"
+    (path / ".cache" / "lock").write_text("")
+    assert ModelSpec(name="another name", path=path).identity() == first
+    weights = path / "model.safetensors"
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
+    touched = ModelSpec(name="m", path=path).identity()
+    weights.write_bytes(b"123456789")
+    longer = ModelSpec(name="m", path=path).identity()
+    weights.rename(path / "other.safetensors")
+    renamed = ModelSpec(name="m", path=path).identity()
+    assert len({str(identity) for identity in (first, touched, longer, renamed)}) == 4

@@ -1,0 +1,83 @@
+"""The order of the package's rooms: imports point down the list only.
+
+This list is a good place to start reading: a room knows the rooms above it in the list and none below.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest_kld
+
+PACKAGE = Path(pytest_kld.__file__).parent
+ROOMS = (
+    "errors",  # what can go wrong
+    "files",  # files that are whole or not there
+    "progress",  # what long work tells about itself
+    "subjects",  # what is measured: models and their identity
+    "text",  # text, token ids, windows
+    "kernel",  # hidden states to logits, logits to figures per position
+    "servers",  # child processes, GPU leases; knows nothing of KLD
+    "hook",  # what runs inside a server
+    "engines",  # what runs a model over windows
+    "captures",  # what a model said, on disk
+    "figures",  # two captures to figures
+    "gate",  # limits, verdicts, results
+    "diagnosis",  # figures to known faults
+    "report",  # results to terminal, JUnit, JSON, HTML
+    "session",  # the pytest side
+    "command",  # the console command
+    "plugin",  # pytest's hooks
+)
+
+
+def imports_of(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and module of each import of the package's own, those for type checkers included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pytest_kld":
+            assert node.module is not None
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from ((node.lineno, name) for name in names)
+        elif isinstance(node, ast.Import):
+            yield from ((node.lineno, name.name) for name in node.names if name.name.split(".")[0] == "pytest_kld")
+
+
+def room_of(module: str) -> str | None:
+    """Return the room of a module's dotted name; None for the package itself."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else None
+
+
+def module_of(path: Path) -> str:
+    return ".".join(("pytest_kld", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def test_every_module_is_in_a_room() -> None:
+    outside = [path.name for path in PACKAGE.glob("*.py") if path.stem not in (*ROOMS, "__init__")]
+    folders = [path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file() and path.name not in ROOMS]
+    assert not outside + folders
+
+
+def test_imports_point_down_the_list() -> None:
+    wrong = [
+        f"{path.relative_to(PACKAGE.parent)}:{line} imports {name}: {room} may not know {other}"
+        for path in PACKAGE.rglob("*.py")
+        for line, name in imports_of(path)
+        if (room := room_of(module_of(path))) and (other := room_of(name)) and ROOMS.index(other) > ROOMS.index(room)
+    ]
+    assert not wrong, "imports that go the wrong way:\n" + "\n".join(wrong)
+
+
+def test_modules_import_each_other_in_no_circle() -> None:
+    modules = {module_of(path): path for path in PACKAGE.rglob("*.py")}
+    known = {
+        module: {name if name in modules else name.rpartition(".")[0] for _, name in imports_of(path)} - {module}
+        for module, path in modules.items()
+    }
+    left = dict(known)
+    while free := [module for module, names in left.items() if not names & left.keys() - {"pytest_kld"}]:
+        for module in free:
+            del left[module]
+    assert not left, f"these modules import each other in a circle, or something that does: {sorted(left)}"
