@@ -25,6 +25,7 @@ from pytest_kld.kernel.divergence import divergence
 from pytest_kld.kernel.reduction import compiled_reduction, eager_reduction
 from pytest_kld.progress import Silent
 from pytest_kld.subjects.model import ModelSpec
+from pytest_kld.subjects.subject import Subject
 from pytest_kld.text.corpus import load_corpus
 from pytest_kld.text.windows import Windows, cut_windows, load_tokenizer
 
@@ -56,6 +57,11 @@ class Run:
         tokenizer = load_tokenizer(ModelSpec.parse(path, Path()), trust_remote_code=False)
         corpus = load_corpus("python-docs", Path())
         return cut_windows(corpus, tokenizer, count=count or self.windows, size=SIZE, stride=SIZE, label=path)
+
+    def subject(self, side: str) -> Subject:
+        """Return one side's model as transformers runs it."""
+        model = ModelSpec.parse(str(self.models[side]), Path())
+        return Subject(name=model.label, model=model, engine="transformers")
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -92,10 +98,10 @@ def record(run: Run, side: str, windows: Windows, store: str = "hidden", dtype: 
     """Make one side's capture with our method and return its directory."""
     entry = run.work / f"{side}-{store}-{dtype}-{windows.count}"
     if not entry.exists():
-        model = ModelSpec.parse(str(run.models[side]), Path())
+        subject = run.subject(side)
         engine = TransformersEngine(dtype=dtype, device=str(run.device))
         key = {"benchmark": entry.name}
-        recording = Recording(engine=engine, model=model, arguments={}, windows=windows, store=store, key=key)
+        recording = Recording(engine=engine, subject=subject, windows=windows, store=store, key=key)
         recording.run(Cache(run.work), entry, Silent())
     return entry
 
@@ -123,7 +129,7 @@ def capture(run: Run, method: str, side: str) -> dict[str, Any]:
     """Seconds per window and memory above the model of: a plain forward pass, our capture, the original's."""
     windows = run.cut()
     engine = TransformersEngine(device=str(run.device))
-    with engine.open(ModelSpec.parse(str(run.models[side]), Path()), {}) as loaded:
+    with engine.open(run.subject(side)) as loaded:
         rows = [SIZE // 2, SIZE - 1] if method == "ours" else None
         base = peak_bytes(run.device)
         with tempfile.TemporaryDirectory(dir=run.work) as scratch:

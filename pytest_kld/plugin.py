@@ -11,7 +11,6 @@ from pytest_kld.gate.figure import explain_comparison
 from pytest_kld.session.collection import (
     MARKER,
     add_builtin_gate,
-    is_gated,
     mark_gated,
     parametrize_candidates,
     refuse_idle_markers,
@@ -19,8 +18,10 @@ from pytest_kld.session.collection import (
 )
 from pytest_kld.session.config import CONFIG, add_options, build_config
 from pytest_kld.session.fixtures import (  # noqa: F401 (pytest finds fixtures by their names in this module)
-    _kld_arguments,
+    _kld_gate,
     _kld_measurement,
+    _kld_overrides,
+    is_gated,
     kld,
     kld_candidate,
     kld_candidate_args,

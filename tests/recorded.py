@@ -15,6 +15,7 @@ from pytest_kld.captures.recording import Recording
 from pytest_kld.engines.transformers import TransformersEngine
 from pytest_kld.progress import Silent
 from pytest_kld.subjects.model import ModelSpec
+from pytest_kld.subjects.subject import Subject
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -35,6 +36,12 @@ class AlteredEngine(TransformersEngine):
         return self.alter(TransformersEngine._load(self, *args))
 
 
+def transformers_subject(model: Path, **arguments: Any) -> Subject:
+    """Return a model as transformers runs it."""
+    spec = ModelSpec.parse(str(model), Path())
+    return Subject(name=spec.label, model=spec, engine="transformers", arguments=arguments)
+
+
 def record(
     model: Path,
     windows: Windows,
@@ -49,8 +56,7 @@ def record(
     options = {"dtype": dtype, "device": "cpu"}
     recording = Recording(
         engine=TransformersEngine(**options) if alter is None else AlteredEngine(**options, alter=alter),
-        model=ModelSpec.parse(str(model), Path()),
-        arguments=arguments or {},
+        subject=transformers_subject(model, **(arguments or {})),
         windows=windows,
         store=store,
         key={"model": str(model), "store": store, "dtype": dtype},

@@ -31,14 +31,19 @@ class Cache:
     saves the work of making the same entry twice.
     """
 
-    def __init__(self, root: Path) -> None:
-        """Open the cache, making the directory where it is not there.
+    def __init__(self, root: Path, refreshed_since: float | None = None) -> None:
+        """Open the cache, making the directory if it is not there.
+
+        Args:
+            root: its directory.
+            refreshed_since: entries made before this time, in seconds since the epoch, are made anew; None keeps all.
 
         Raises:
             CacheError: the directory cannot be made or written.
 
         """
         self.root = root
+        self.refreshed_since = refreshed_since
         try:
             root.mkdir(parents=True, exist_ok=True)
             tag = root / "CACHEDIR.TAG"
@@ -57,6 +62,13 @@ class Cache:
     def scores_entry(self, key: dict[str, Any]) -> Path:
         """Return the file of the scores with this key."""
         return self.root / "scores" / f"{sha256_of_json(key)[:32]}.safetensors"
+
+    def holds(self, made: Path) -> bool:
+        """Tell whether an entry may be used, by its file (the manifest of a capture), and note the use."""
+        there = made.is_file() and (self.refreshed_since is None or made.stat().st_mtime >= self.refreshed_since)
+        if there:
+            self.mark_used(made)
+        return there
 
     @contextmanager
     def lock(self, entry: Path, on_wait: Callable[[], None]) -> Iterator[None]:

@@ -27,13 +27,12 @@ from pytest_kld.files import atomic_path, sha256_of_file
 from pytest_kld.kernel.head import Head, HeadCheck, check_head
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from pytest_kld.captures.capture import Store
     from pytest_kld.engines import Engine, LoadedModel, ModelFacts, Prefill
     from pytest_kld.progress import Progress
-    from pytest_kld.subjects.model import ModelSpec
+    from pytest_kld.subjects.subject import Subject
     from pytest_kld.text.windows import Windows
 
 _NEEDED_SLACK_BYTES = 1 << 20
@@ -46,8 +45,7 @@ class Recording:
 
     Attributes:
         engine: what runs the model.
-        model: the pinned model.
-        arguments: the engine's own arguments for it.
+        subject: what is run, with its model pinned.
         windows: what it runs over.
         store: what is kept, as the user asked for it.
         key: what determines the bits; names the cache entry.
@@ -55,8 +53,7 @@ class Recording:
     """
 
     engine: Engine
-    model: ModelSpec
-    arguments: Mapping[str, Any]
+    subject: Subject
     windows: Windows
     store: Store
     key: dict[str, Any]
@@ -69,14 +66,14 @@ class Recording:
                 was asked for, or the disk is too small. Complete windows stay and are used by the next try.
 
         """
-        facts = self.engine.facts(self.model, self.arguments)
-        require_fits(facts, self.windows, self.model.label)
+        facts = self.engine.facts(self.subject)
+        require_fits(facts, self.windows, self.subject.label)
         self._require_free(cache, entry, facts, "hidden" if self.store == "auto" else self.store, progress)
-        progress.note(f"loading {self.model.label}")
-        with self.engine.open(self.model, self.arguments) as loaded:
+        progress.note(f"loading {self.subject.label}")
+        with self.engine.open(self.subject) as loaded:
             head, store, reason = self._choose_store(loaded)
             if store != "hidden" and self.store == "auto":
-                progress.note(f"{self.model.label}: keeping logits, {reason}")
+                progress.note(f"{self.subject.label}: keeping logits, {reason}")
                 self._require_free(cache, entry, loaded.facts, store, progress)
             partial = cache.partial(entry)
             files = self._write_windows(partial, loaded, store, progress)
@@ -87,7 +84,7 @@ class Recording:
             check = Capture(path=partial, manifest=manifest).check_head()
             if not check.faithful:
                 raise CaptureError(
-                    f"{self.model.label}: {_unfaithful(check)}, though not in the first window. Give "
+                    f"{self.subject.label}: {_unfaithful(check)}, though not in the first window. Give "
                     "--kld-store=logits."
                 )
             manifest["checks"] = check.to_json()
@@ -108,7 +105,7 @@ class Recording:
             return head, "hidden", reason
         if self.store == "hidden":
             raise CaptureError(
-                f"{self.model.label}: --kld-store=hidden is not possible: {reason}. Give auto or logits."
+                f"{self.subject.label}: --kld-store=hidden is not possible: {reason}. Give auto or logits."
             )
         return None, "logits", reason
 
@@ -118,7 +115,7 @@ class Recording:
         if probe.hidden is None or probe.hidden.shape[0] != self.windows.size:
             return None, "what goes into the head was not seen"
         vocab_size = loaded.facts.vocab_size
-        logits = _trim(probe.logits, vocab_size, self.model.label)
+        logits = _trim(probe.logits, vocab_size, self.subject.label)
         checks = []
         for head in loaded.heads:
             if head.vocab_size < vocab_size or head.weight.shape[1] != probe.hidden.shape[1]:
@@ -138,21 +135,21 @@ class Recording:
         missing = [index for index, name in enumerate(names) if not self._is_whole(partial / name, store, index)]
         files = {name: file_entry(partial / name) for index, name in enumerate(names) if index not in missing}
         if files:
-            progress.note(f"{self.model.label}: {len(files)} of {len(names)} windows are there already")
+            progress.note(f"{self.subject.label}: {len(files)} of {len(names)} windows are there already")
         rows = self.check_rows if store == "hidden" else None
-        with progress.task(f"capture {self.model.label}", len(names), len(files)) as task:
+        with progress.task(f"capture {self.subject.label}", len(names), len(files)) as task:
             for prefill in loaded.prefill(self.windows, missing, rows):
                 name = names[prefill.window]
                 tensors = self._tensors(prefill, store, loaded.facts.vocab_size)
                 files[name] = write_tensors(partial / name, tensors)
                 task.advance()
         if left_out := [name for name in names if name not in files]:
-            raise CaptureError(f"{self.model.label}: the engine left out {len(left_out)} windows, e.g. {left_out[0]}")
+            raise CaptureError(f"{self.subject.label}: the engine left out {len(left_out)} windows, e.g. {left_out[0]}")
         return files
 
     def _tensors(self, prefill: Prefill, store: str, vocab_size: int) -> dict[str, Tensor]:
         tensors = {"token_ids": torch.from_numpy(self.windows.token_ids[prefill.window])}
-        logits = _trim(prefill.logits, vocab_size, self.model.label)
+        logits = _trim(prefill.logits, vocab_size, self.subject.label)
         if store == "hidden":
             hidden = prefill.hidden
             matrix = {"hidden": hidden, "check_logits": logits}
@@ -164,10 +161,10 @@ class Recording:
         expected = len(self.check_rows) if store == "hidden" else self.windows.size
         if len(logits) != expected:
             raise CaptureError(
-                f"{self.model.label}, window {prefill.window}: the engine gave {len(logits)} rows of {expected}"
+                f"{self.subject.label}, window {prefill.window}: the engine gave {len(logits)} rows of {expected}"
             )
         if store == "hidden" and (prefill.hidden is None or len(prefill.hidden) != self.windows.size):
-            raise CaptureError(f"{self.model.label}, window {prefill.window}: hidden states are missing")
+            raise CaptureError(f"{self.subject.label}, window {prefill.window}: hidden states are missing")
         return {**tensors, **matrix}  # type: ignore[dict-item]
 
     def _is_whole(self, path: Path, store: str, index: int) -> bool:
@@ -188,7 +185,8 @@ class Recording:
             "complete": True,
             "pytest_kld": __version__,
             "key": self.key,
-            "model": self.model.label,
+            "model": self.subject.label,
+            "subject": self.subject.to_json(),
             "facts": facts.to_json(),
             "protocol": self.windows.protocol(),
             "store": store,
@@ -203,7 +201,7 @@ class Recording:
     def _require_free(self, cache: Cache, entry: Path, facts: ModelFacts, store: str, progress: Progress) -> None:
         kept = sum(path.stat().st_size for path in cache.partial(entry).rglob("*") if path.is_file())
         needed = max(0, capture_bytes(facts, self.windows, store, len(self.check_rows)) - kept)
-        what = f"the capture of {self.model.label} ({self.windows.count} windows, store {store})"
+        what = f"the capture of {self.subject.label} ({self.windows.count} windows, store {store})"
         free = cache.require_free(needed, what)
         progress.note(f"{what} needs {format_bytes(needed)}; {format_bytes(free)} are free")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pytest_kld.kernel.head import Head
-    from pytest_kld.subjects.model import ModelSpec
+    from pytest_kld.subjects.subject import Subject
     from pytest_kld.text.windows import Windows
 
 
@@ -80,16 +80,16 @@ class LoadedModel(Protocol):
 
 
 class Engine(Protocol):
-    """Runs models. `arguments` are the engine's own, e.g. keyword arguments of `from_pretrained`."""
+    """Runs Subjects. It reads their `model` (pinned), `arguments` and `environment`."""
 
-    def facts(self, model: ModelSpec, arguments: Mapping[str, Any]) -> ModelFacts:
+    def facts(self, subject: Subject) -> ModelFacts:
         """Read a model's facts without loading its weights."""
 
-    def fingerprint(self, model: ModelSpec, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def fingerprint(self, subject: Subject) -> dict[str, Any]:
         """Return what, beyond the model's files, determines the bits of a capture, as JSON."""
 
-    def open(self, model: ModelSpec, arguments: Mapping[str, Any]) -> AbstractContextManager[LoadedModel]:
+    def open(self, subject: Subject) -> AbstractContextManager[LoadedModel]:
         """Load a model; it is gone from memory when the context ends."""
 
     def close(self) -> None:
-        """Let go of what is kept between models: a running server, say. The next `open` starts anew."""
+        """Release what is kept between models, such as a running server. The next `open` starts anew."""

@@ -18,6 +18,7 @@ from pytest_kld.engines.checkpoint import facts_of, read_facts, versions
 from pytest_kld.errors import CaptureError, ModelError
 from pytest_kld.kernel.device import pick_device
 from pytest_kld.kernel.head import Head
+from pytest_kld.subjects.subject import as_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from pytest_kld.subjects.model import ModelSpec
+    from pytest_kld.subjects.subject import Subject
     from pytest_kld.text.windows import Windows
 
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -48,29 +50,31 @@ class TransformersEngine:
     device: str = "auto"
     trust_remote_code: bool = False
 
-    def facts(self, model: ModelSpec, arguments: Mapping[str, Any]) -> ModelFacts:
+    def facts(self, subject: Subject) -> ModelFacts:
         """Read a model's facts from its config. See `Engine.facts`."""
-        return read_facts(model, dtype=self.dtype, trust_remote_code=self.trust_remote_code, arguments=arguments)
+        return read_facts(
+            subject.spec, dtype=self.dtype, trust_remote_code=self.trust_remote_code, arguments=subject.arguments
+        )
 
-    def fingerprint(self, model: ModelSpec, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def fingerprint(self, subject: Subject) -> dict[str, Any]:
         """Return versions, dtype, device and arguments. See `Engine.fingerprint`."""
         device = pick_device(self.device)
-        quantized = self.facts(model, arguments).quantization is not None
+        quantized = self.facts(subject).quantization is not None
         return {
             "engine": "transformers",
             "versions": versions("transformers", "torch", *(_QUANTIZERS if quantized else ())),
             "dtype": self.dtype,
             "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
-            "arguments": {name: _as_json(value) for name, value in arguments.items()},
+            "arguments": as_json(subject.arguments),
         }
 
     @contextmanager
-    def open(self, model: ModelSpec, arguments: Mapping[str, Any]) -> Iterator[LoadedTransformer]:
+    def open(self, subject: Subject) -> Iterator[LoadedTransformer]:
         """Load a model and free it at the end. See `Engine.open`."""
         device = pick_device(self.device)
         loaded = None
         try:
-            loaded = LoadedTransformer(self._load(model, arguments, device), model.label)
+            loaded = LoadedTransformer(self._load(subject.spec, subject.arguments, device), subject.label)
             yield loaded
         finally:
             if loaded is not None:
@@ -197,15 +201,3 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if enabled:
             logging.enable_progress_bar()
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, str | int | float | bool) or value is None:
-        return value
-    if isinstance(value, dict):
-        return {str(name): _as_json(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_json(item) for item in value]
-    if hasattr(value, "to_dict"):
-        return _as_json(value.to_dict())
-    return str(value) if isinstance(value, torch.dtype | torch.device) else repr(value)

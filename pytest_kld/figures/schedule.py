@@ -10,6 +10,10 @@ other. The square is for the heavy tail: a look at few windows, which may not ha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pytest_kld.text.windows import Windows
 
 MOST_ROUNDS = 5
 
@@ -38,3 +42,8 @@ def schedule(most: int) -> list[Look]:
     return [
         Look(windows=count, spend=(count**2 - less**2) / most**2) for less, count in zip(before, counts, strict=False)
     ]
+
+
+def rounds_of(windows: Windows) -> list[Windows]:
+    """Return the windows of each round on the way to all of them."""
+    return [windows.first(look.windows) for look in schedule(windows.count)]

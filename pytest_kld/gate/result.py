@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_kld.gate.verdict import band
+from pytest_kld.subjects.subject import Subject
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,8 +23,8 @@ class GateResult:
 
     Attributes:
         nodeid: the test's.
-        reference: how the user named the reference.
-        candidate: how the user named the candidate.
+        reference: the reference.
+        candidate: the candidate.
         outcome: `passed`; `failed`: measured and over a limit, or the test's own assertion; `error`: not measured;
             `skipped`: limits are undecided and --kld-inconclusive=skip.
         message: why, if not passed.
@@ -38,14 +39,13 @@ class GateResult:
         about: what was compared and how, from the scores; None if not measured.
         diagnosis: where the candidate departs from the reference, see `diagnosis.Diagnosis`; None if not measured.
         seconds: how long the test took, its share of shared set-up included.
-        backend: the MoE backend that the candidate was served with, if one was named; it is part of `candidate`.
         profile: see `profile_of`; None if not measured or if no report has charts.
 
     """
 
     nodeid: str
-    reference: str
-    candidate: str
+    reference: Subject
+    candidate: Subject
     outcome: Outcome
     message: str = ""
     xfail: bool = False
@@ -58,7 +58,6 @@ class GateResult:
     about: dict[str, Any] | None = None
     diagnosis: dict[str, Any] | None = None
     seconds: float = 0.0
-    backend: str | None = None
     profile: dict[str, Any] | None = None
 
     @property
@@ -83,8 +82,8 @@ class GateResult:
         found = []
         if self.figures is not None and self.figures["max"] == 0:
             found.append(
-                f"KLD of {self.candidate} is exactly 0 at every position: it computes what the reference does. Was the "
-                "same model named twice?"
+                f"KLD of {self.candidate.label} is exactly 0 at every position: it computes what the reference does. "
+                "Was the same model named twice?"
             )
         sides = [
             ((self.about or {}).get(side, {}).get("key") or {}).get("engine") for side in ("reference", "candidate")
@@ -92,23 +91,25 @@ class GateResult:
         reference, candidate = ((side or {}).get("engine") for side in sides)
         if None not in (reference, candidate) and reference != candidate:
             found.append(
-                f"{self.candidate} ran in {candidate} and the reference in {reference}: part of the divergence is "
-                "between the engines, about 2e-3 nats in bfloat16"
+                f"{self.candidate.label} ran in {candidate} and the reference in {reference}: part of the divergence "
+                "is between the engines, about 2e-3 nats in bfloat16"
             )
         return found
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
-        return asdict(self)
+        plain = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {**plain, "reference": self.reference.to_json(), "candidate": self.candidate.to_json()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> GateResult:
         """Read what `to_json` gave."""
-        return cls(**{**data, "checks": tuple(data["checks"])})
+        sides = {side: Subject.from_json(data[side]) for side in ("reference", "candidate")}
+        return cls(**{**data, **sides, "checks": tuple(data["checks"])})
 
     def properties(self) -> list[tuple[str, str | float]]:
         """Return the figures as properties of the test case, for `--junitxml`."""
-        described = {"candidate": self.candidate, "reference": self.reference, "band": self.band}
+        described = {"candidate": self.candidate.label, "reference": self.reference.label, "band": self.band}
         limits = {check["limit"]: check["bound"] for check in self.checks}
         bounds = {
             f"{name}_{end}": interval[end]
@@ -142,10 +143,10 @@ def checks_of(verdict: Verdict) -> tuple[dict[str, Any], ...]:
 
 
 def by_candidate(results: Sequence[GateResult]) -> dict[str, list[GateResult]]:
-    """Group results by candidate, in order of first appearance."""
+    """Group results by the candidate's label, in order of first appearance."""
     groups: dict[str, list[GateResult]] = {}
     for result in results:
-        groups.setdefault(result.candidate, []).append(result)
+        groups.setdefault(result.candidate.label, []).append(result)
     return groups
 
 

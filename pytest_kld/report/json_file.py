@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from pytest_kld.gate.result import GateResult
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised whenever a field is renamed, removed, or changes its meaning."""
 
 
@@ -34,6 +34,8 @@ def write_json_report(path: Path, results: Sequence[GateResult]) -> None:
 
 def _described(result: GateResult) -> dict[str, Any]:
     data = {**result.to_json(), "band": result.band, "notes": result.notes}
+    data["subjects"] = {side: data[side] for side in ("reference", "candidate")}
+    data |= {"reference": result.reference.label, "candidate": result.candidate.label}
     del data["profile"]  # there for charts alone
     return data
 

@@ -143,7 +143,7 @@ _INTERVALS = (
 
 
 def _title(results: Sequence[GateResult]) -> str:
-    title = f"KLD Evaluation Results (ref: {results[0].reference}"
+    title = f"KLD Evaluation Results (ref: {results[0].reference.label}"
     measured = next((result for result in results if result.figures and result.about), None)
     if measured and measured.figures and measured.about:
         average = "macro average of " if len(measured.datasets) > 1 else ""

@@ -32,7 +32,7 @@ class Candidate:
 
     Attributes:
         index: its rank among the candidates, from 0; picks its colour and dash.
-        name: how the user named it, with its backend.
+        name: how the user named it, with its axes.
         short: the end of the name, as far as it tells candidates apart.
         results: its tests.
         measured: the first result with figures; None if there is none.
@@ -123,9 +123,17 @@ class LimitGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matrix:
-    """Mean KL by model and backend: `cells[model][backend]` is (mean, heat in [0, 1]), or None if not measured."""
+    """Mean KL by model and axes: `cells[model][column]` is (mean, heat in [0, 1]), or None if not measured.
 
-    backends: Sequence[str]
+    Attributes:
+        axes: the names of the axes.
+        columns: their values.
+        cells: by model and column.
+
+    """
+
+    axes: str
+    columns: Sequence[str]
     cells: dict[str, dict[str, tuple[float, float] | None]]
 
 
@@ -297,24 +305,27 @@ def _limits(candidates: Sequence[Candidate]) -> list[LimitGroup]:
 
 
 def _matrix(results: Sequence[GateResult]) -> Matrix | None:
-    """Arrange candidates that were served with named backends; None if none was."""
+    """Arrange candidates that differ in their axes; None if none has any."""
     means: dict[str, dict[str, float]] = {}
     for result in results:
-        if result.backend is not None:
-            row = means.setdefault(result.candidate.removesuffix(f" ({result.backend})"), {})
-            row.setdefault(result.backend, math.nan)
+        if result.candidate.axes:
+            column = ", ".join(result.candidate.axes.values())
+            row = means.setdefault(result.candidate.name, {})
+            row.setdefault(column, math.nan)
             if result.figures:
-                row[result.backend] = result.figures["mean"]
+                row[column] = result.figures["mean"]
     if not means:
         return None
-    backends = list(dict.fromkeys(backend for row in means.values() for backend in row))
+    columns = list(dict.fromkeys(column for row in means.values() for column in row))
+    axes = dict.fromkeys(axis for result in results for axis in result.candidate.axes)
     heat = _heat([mean for row in means.values() for mean in row.values()])
     return Matrix(
-        backends=backends,
+        axes=", ".join(axes),
+        columns=columns,
         cells={
             model: {
-                backend: None if math.isnan(mean := row.get(backend, math.nan)) else (mean, heat[mean])
-                for backend in backends
+                column: None if math.isnan(mean := row.get(column, math.nan)) else (mean, heat[mean])
+                for column in columns
             }
             for model, row in means.items()
         },

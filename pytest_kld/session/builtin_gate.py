@@ -8,5 +8,5 @@ if TYPE_CHECKING:
     from pytest_kld.session.kld import KLD
 
 
-def test_kld(kld: KLD) -> None:
+def test_kld(_kld_gate: KLD) -> None:
     """Gate the candidate: the limits are checked after this body."""

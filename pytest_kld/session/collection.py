@@ -11,24 +11,22 @@ import pytest
 from pytest_kld.gate.limits import LIMITS, parse_marker
 from pytest_kld.session import builtin_gate
 from pytest_kld.session.config import CONFIG
+from pytest_kld.session.fixtures import is_gated
+from pytest_kld.session.subjects import candidate_of, candidates_of
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from pytest_kld.subjects.model import ModelSpec
+    from pytest_kld.session.config import KLDConfig
+    from pytest_kld.subjects.subject import Subject
 
 MARKER = (
     f"kld({', '.join(LIMITS)}): gate the test on KL(reference || candidate); limits in nats are checked after its body"
 )
 
 
-def is_gated(item: pytest.Item) -> bool:
-    """Tell whether limits are checked after this test."""
-    return "kld" in getattr(item, "fixturenames", ())
-
-
 def request_fixture_of_marked(collector: pytest.Module | pytest.Class, name: str, obj: object) -> None:
-    """Give a marked test function the `kld` fixture, whether it names it or not.
+    """Give a marked test function the gate's fixture, whatever else it uses.
 
     Raises:
         pytest.Collector.CollectError: a marker has an unknown or badly typed argument.
@@ -44,15 +42,17 @@ def request_fixture_of_marked(collector: pytest.Module | pytest.Class, name: str
         except ValueError as error:
             raise collector.CollectError(f"{name}: {error}") from None
     if own:
-        pytest.mark.usefixtures("kld")(obj)
-    elif inherited and not any("kld" in mark.args for mark in collector.iter_markers("usefixtures")):
-        collector.add_marker(pytest.mark.usefixtures("kld"))  # not on the function, which other classes may inherit
+        pytest.mark.usefixtures("_kld_gate")(obj)
+    elif inherited and not any("_kld_gate" in mark.args for mark in collector.iter_markers("usefixtures")):
+        collector.add_marker(
+            pytest.mark.usefixtures("_kld_gate")
+        )  # not on the function, which other classes may inherit
 
 
 def parametrize_candidates(metafunc: pytest.Metafunc) -> None:
     """Run a test that needs candidates once for each, and for each MoE backend, unless it brings its own."""
     config = metafunc.config.stash[CONFIG]
-    for fixture, values in (("kld_candidate", config.candidate), ("kld_moe_backend", config.moe_backend)):
+    for fixture, values in (("kld_candidate", candidates_of(config)), ("kld_moe_backend", config.moe_backend)):
         if not values or fixture not in metafunc.fixturenames:
             continue  # no candidates would mean a skip to pytest; the fixture makes it an error
         # A test's own parametrization, or that of a fixture that overrides ours, is there by now: a second is refused.
@@ -70,7 +70,8 @@ def add_builtin_gate(session: pytest.Session, items: list[pytest.Item]) -> None:
 
     """
     config = session.config.stash[CONFIG]
-    if any(is_gated(item) for item in items):
+    if gated := [item for item in items if is_gated(item)]:
+        _refuse_unmeasured(session, config, gated)
         return
     if config.given_candidates or (config.candidate and not items):
         if config.ref is None:
@@ -84,6 +85,22 @@ def add_builtin_gate(session: pytest.Session, items: list[pytest.Item]) -> None:
             f"{config.given_limits[0]} is given and there is nothing to gate: give --kld-ref=MODEL and "
             "--kld-candidate=MODEL, or collect a test that uses the kld marker or fixture",
         )
+
+
+def _refuse_unmeasured(session: pytest.Session, config: KLDConfig, gated: list[pytest.Item]) -> None:
+    """Refuse candidates on the command line that no test measures: the session would pass without them."""
+    if not config.given_candidates:
+        return
+    measured = [candidate_of(item).model for item in gated]
+    if None in measured:  # a fixture of the project's own decides, and may well use them
+        return
+    for subject in candidates_of(config):
+        if subject.model not in measured:
+            _refuse(
+                session,
+                f"--kld-candidate={subject.name} is given and no collected test measures it: the gated tests name "
+                "their own candidates. Leave the option out, or collect a test that leaves kld_candidate alone.",
+            )
 
 
 def mark_gated(items: list[pytest.Item]) -> None:
@@ -140,5 +157,5 @@ def _own_marks(obj: object) -> list[pytest.Mark]:
     return [mark.mark if isinstance(mark, pytest.MarkDecorator) else mark for mark in marks]
 
 
-def _id(value: ModelSpec | str) -> str:
-    return value if isinstance(value, str) else value.label
+def _id(value: Subject | str) -> str:
+    return value if isinstance(value, str) else value.id

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,15 +15,33 @@ from pytest_kld.gate.limits import merge_bounds, needs_extended, parse_marker
 from pytest_kld.report.terminal import TerminalProgress
 from pytest_kld.session.config import CONFIG, KLDConfig
 from pytest_kld.session.kld import KLD
-from pytest_kld.session.selection import EngineArguments, Role
-from pytest_kld.subjects.model import ModelSpec
+from pytest_kld.session.subjects import Overrides, Role, candidate_of, candidates_of, find_subject, reference_of
+from pytest_kld.subjects.subject import MOE_BACKEND
 
 if TYPE_CHECKING:
     from pytest_kld.captures.capture import Capture
     from pytest_kld.engines.sglang.pool import ServerHandle
     from pytest_kld.figures.scores import Scores
     from pytest_kld.session.measurement import Measurement
+    from pytest_kld.subjects.subject import Subject
     from pytest_kld.text.windows import Windows
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What a test is held to: the figures, and the limits that it had when they were measured."""
+
+    kld: KLD
+    bounds: Mapping[str, float]
+
+
+GATE = pytest.StashKey[Gate]()
+"""What was measured for a test; not there if nothing was."""
+
+
+def is_gated(item: pytest.Item) -> bool:
+    """Tell whether limits are checked after this test."""
+    return "_kld_gate" in getattr(item, "fixturenames", ())
 
 
 @contextmanager
@@ -100,15 +119,13 @@ def _kld_measurement(kld_config: KLDConfig, request: pytest.FixtureRequest) -> I
 
 
 @pytest.fixture(scope="session")
-def _kld_arguments(
-    kld_config: KLDConfig,
+def _kld_overrides(
     kld_reference_args: Mapping[str, Any],
     kld_candidate_args: Mapping[str, Any],
     kld_server_args: Mapping[str, Sequence[str]],
     kld_server_env: Mapping[str, Mapping[str, str]],
-) -> EngineArguments:
-    return EngineArguments(
-        config=kld_config,
+) -> Overrides:
+    return Overrides(
         loading={"reference": kld_reference_args, "candidate": kld_candidate_args},
         server_args=kld_server_args,
         server_env=kld_server_env,
@@ -116,7 +133,9 @@ def _kld_arguments(
 
 
 @pytest.fixture(scope="session")
-def kld_server(_kld_measurement: Measurement, _kld_arguments: EngineArguments) -> Callable[..., ServerHandle]:
+def kld_server(
+    kld_config: KLDConfig, _kld_measurement: Measurement, _kld_overrides: Overrides
+) -> Callable[..., ServerHandle]:
     """A function that boots a SGLang server with the hook on first use and returns its handle.
 
     Call it with a model as on the command line, and optionally `role="reference"` (flags and environment of the
@@ -126,7 +145,9 @@ def kld_server(_kld_measurement: Measurement, _kld_arguments: EngineArguments) -
 
     def serve(model: str, *, role: Role = "candidate", moe_backend: str | None = None) -> ServerHandle:
         with _measuring():
-            return _kld_measurement.serve(model, _kld_arguments, role, moe_backend)
+            subject = find_subject(kld_config, model, role)
+            axes = {} if moe_backend is None else {MOE_BACKEND: moe_backend}
+            return _kld_measurement.serve(_kld_overrides.apply(subject, role, axes))
 
     return serve
 
@@ -143,24 +164,25 @@ def kld_reference(
     _kld_measurement: Measurement,
     kld_config: KLDConfig,
     kld_windows: Windows,
-    _kld_arguments: EngineArguments,
+    _kld_overrides: Overrides,
 ) -> Capture:
     """The reference's capture, from the cache or made now."""
     with _measuring():
         if kld_config.ref is None:
             raise ModelError("there is no reference: give --kld-ref=MODEL, or kld_ref in the ini file")
-        arguments = _kld_arguments.of("reference", kld_config.ref)
-        return _kld_measurement.capture(kld_config.ref, arguments, kld_windows)
+        reference = _kld_overrides.apply(reference_of(kld_config), "reference")
+        return _kld_measurement.capture(reference, kld_windows)
 
 
 @pytest.fixture(scope="session")
 def kld_candidate(
     request: pytest.FixtureRequest,
+    kld_config: KLDConfig,
     _kld_measurement: Measurement,
     kld_windows: Windows,
     kld_reference: Capture,
     kld_moe_backend: str | None,
-    _kld_arguments: EngineArguments,
+    _kld_overrides: Overrides,
 ) -> Capture:
     """The capture of each candidate in turn, from the cache or made now.
 
@@ -168,46 +190,71 @@ def kld_candidate(
     `@pytest.mark.parametrize("kld_candidate", ["MODEL", …], indirect=True)` takes the place of that.
     """
     with _measuring():
-        model = getattr(request, "param", None)
-        if model is None:
-            raise ModelError("there is no candidate: give --kld-candidate=MODEL, or kld_candidate in the ini file")
-        if isinstance(model, str):
-            model = _kld_measurement.find(model)
-        arguments = _kld_arguments.of("candidate", model, kld_moe_backend)
-        return _kld_measurement.candidate_capture(model, arguments, kld_windows, kld_reference)
+        named = getattr(request, "param", None)
+        if named is None:
+            named = _only_candidate(kld_config)
+        subject = find_subject(kld_config, named) if isinstance(named, str) else named
+        axes = {} if kld_moe_backend is None else {MOE_BACKEND: kld_moe_backend}
+        subject = _kld_overrides.apply(subject, "candidate", axes)
+        return _kld_measurement.candidate_capture(subject, kld_windows, kld_reference)
+
+
+def _only_candidate(config: KLDConfig) -> Subject:
+    """Return the candidate of a test that pytest could not run once for each: it asked for the fixture as it ran."""
+    candidates = candidates_of(config)
+    if not candidates:
+        raise ModelError("there is no candidate: give --kld-candidate=MODEL, or kld_candidate in the ini file")
+    if len(candidates) > 1:
+        raise ModelError(
+            f"there are {len(candidates)} candidates and this test runs once, since it gets its fixtures with "
+            "`request.getfixturevalue`. Mark it with `pytest.mark.kld`, or name `kld` as an argument."
+        )
+    return candidates[0]
 
 
 @pytest.fixture
-def kld(
+def _kld_gate(
     request: pytest.FixtureRequest,
     _kld_measurement: Measurement,
     kld_config: KLDConfig,
     kld_windows: Windows,
     kld_reference: Capture,
     kld_candidate: Capture,
-    _kld_arguments: EngineArguments,
+    _kld_overrides: Overrides,
 ) -> KLD:
-    """The figures of the candidate. Limits of marker, command line and ini are checked after the test's body."""
+    """The gate: what it returns is held against the limits after the test's body, whoever asked for it.
+
+    It is apart from `kld`, so that a project's own fixture of that name does not switch the gate off.
+    """
     from pytest_kld.diagnosis import diagnose
 
     with _measuring():
         if isinstance(kld_candidate, str):
             raise ModelError(f"kld_candidate is {kld_candidate!r}, a name: parametrize it with indirect=True")
-        _require_used(request, _kld_arguments)
+        _require_used(request, _kld_overrides)
         # Scores are no session fixture: a directory may override what they are made of, and pytest would go on with
         # the scores of the directory before.
         scores, spend = _scores(request, _kld_measurement, kld_windows, kld_reference, kld_candidate)
+        bounds = bounds_of(request.node, kld_config)
+        library = _kld_measurement.library
         figures = KLD(
-            reference=reference_label(kld_config),
-            candidate=candidate_label(request.node),
-            bounds=bounds_of(request.node, kld_config),
+            reference=library.subject_of(kld_reference) or reference_of(kld_config),
+            candidate=library.subject_of(kld_candidate) or candidate_of(request.node),
+            bounds=bounds,
             scores=scores,
             each_dataset=kld_config.each_dataset,
             confidence=kld_config.confidence,
             spend=spend,
         )
         figures.diagnosis = diagnose(figures.scores, _kld_measurement.tokens)
+        request.node.stash[GATE] = Gate(figures, bounds)
         return figures
+
+
+@pytest.fixture
+def kld(_kld_gate: KLD) -> KLD:
+    """The figures of the candidate. Limits of marker, command line and ini are checked after the test's body."""
+    return _kld_gate
 
 
 def _scores(
@@ -219,7 +266,7 @@ def _scores(
 ) -> tuple[Scores, float]:
     """Return the scores, and the share of the error that intervals of them may spend."""
     config = measurement.config
-    gated = [item for item in request.session.items if "kld" in getattr(item, "fixturenames", ())]
+    gated = [item for item in request.session.items if is_gated(item)]
     extended = config.metrics == "all" or any(needs_extended(bounds_of(item, config)) for item in gated)
     if config.adaptive:
         from pytest_kld.session.rounds import Rounds
@@ -232,7 +279,7 @@ def _scores(
     return scores.without_first(config.skip_first), 1.0
 
 
-def _require_used(request: pytest.FixtureRequest, used: EngineArguments) -> None:
+def _require_used(request: pytest.FixtureRequest, used: Overrides) -> None:
     """Refuse a test that sees other arguments than the ones its captures were made with.
 
     pytest makes a session fixture once, whatever the directories below override.
@@ -255,30 +302,6 @@ def _require_used(request: pytest.FixtureRequest, used: EngineArguments) -> None
 
 
 def bounds_of(item: pytest.Item, config: KLDConfig) -> dict[str, float]:
-    """Return a test's limits: each from the closest marker that names it, else command line, ini, default."""
+    """Return a test's limits: each from the closest marker that names it, else its Subject, options, ini, default."""
     markers = [parse_marker(mark.args, mark.kwargs) for mark in item.iter_markers("kld")]
-    return merge_bounds(*markers, dict(config.bounds))
-
-
-def reference_label(config: KLDConfig) -> str:
-    """Return the reference's name for reports."""
-    return config.ref.label if config.ref else "the kld_reference fixture"
-
-
-def candidate_label(item: pytest.Item) -> str:
-    """Return the name of the candidate that a test is about."""
-    model = _params(item).get("kld_candidate", "the kld_candidate fixture")
-    label = model.label if isinstance(model, ModelSpec) else str(model)
-    backend = backend_of(item)
-    return f"{label} ({backend})" if backend else label
-
-
-def backend_of(item: pytest.Item) -> str | None:
-    """Return the MoE backend that a test names for its candidate, if it does."""
-    backend: str | None = _params(item).get("kld_moe_backend")
-    return backend
-
-
-def _params(item: pytest.Item) -> dict[str, Any]:
-    params: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
-    return params
+    return merge_bounds(*markers, dict(candidate_of(item).limits), dict(config.bounds))

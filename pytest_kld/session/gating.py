@@ -12,14 +12,16 @@ from pytest_kld.gate.verdict import Verdict
 from pytest_kld.report import terminal
 from pytest_kld.report.diagnosis import diagnosis_lines
 from pytest_kld.session.config import CONFIG
-from pytest_kld.session.fixtures import backend_of, candidate_label, reference_label
-from pytest_kld.session.kld import KLD
+from pytest_kld.session.fixtures import GATE, bounds_of
+from pytest_kld.session.subjects import candidate_of, candidates_of, reference_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from _pytest.terminal import TerminalReporter
+
+    from pytest_kld.session.kld import KLD
 
 _SETUP_SECONDS = pytest.StashKey[float]()
 _BODY_PASSED = pytest.StashKey[bool]()
@@ -32,12 +34,26 @@ _CRASH = "???"
 
 
 def check_limits(item: pytest.Item) -> None:
-    """Fail the test if a figure is over its limit; where that is undecided, do what --kld-inconclusive says.
+    """Fail the test if a figure is over its limit; if that is undecided, do what --kld-inconclusive says.
 
-    Does nothing for tests that are not gated.
+    Does nothing for tests that are not gated. A marker that arrived while the test ran must not pass unchecked.
     """
     kld = _kld_of(item)
-    if kld is None or (verdict := kld.verdict()).passed:
+    if kld is None:
+        if item.get_closest_marker("kld"):
+            pytest.fail(
+                f"{item.nodeid} has a kld marker, and nothing was measured: its limits were not checked. "
+                "Set the marker before the test runs, or use the kld fixture.",
+                pytrace=False,
+            )
+        return
+    if bounds_of(item, item.config.stash[CONFIG]) != item.stash[GATE].bounds:
+        pytest.fail(
+            f"{item.nodeid}: its kld markers changed after its figures were drawn, so the new limits were not "
+            "checked. Set markers before the kld fixture is used.",
+            pytrace=False,
+        )
+    if (verdict := kld.verdict()).passed:
         return
     item.stash[_BODY_PASSED] = True
     outcome = item.config.stash[CONFIG].inconclusive if verdict.state == "inconclusive" else "fail"
@@ -89,8 +105,8 @@ def _result(item: pytest.Item, report: pytest.TestReport, kld: KLD | None) -> Ga
         outcome = _OUTCOMES[config.inconclusive]
     return GateResult(
         nodeid=item.nodeid,
-        reference=reference_label(config),
-        candidate=candidate_label(item),
+        reference=kld.subjects["reference"] if kld else reference_of(config),
+        candidate=kld.subjects["candidate"] if kld else candidate_of(item),
         outcome=outcome,
         xfail=xfail,
         message="" if outcome == "passed" else report.longreprtext,
@@ -103,7 +119,6 @@ def _result(item: pytest.Item, report: pytest.TestReport, kld: KLD | None) -> Ga
         about=kld.scores.about if kld else None,
         diagnosis=dict(kld.diagnosis) if kld and kld.diagnosis else None,
         seconds=item.stash.get(_SETUP_SECONDS, 0.0) + (report.duration if called else 0.0),
-        backend=backend_of(item),
         profile=_profile(kld) if kld and config.html else None,
     )
 
@@ -170,32 +185,31 @@ class Results:
         """Return the result of a test that took its process with it, if its name tells that it was gated."""
         config = self._config.stash[CONFIG]
         parameters = report.nodeid.partition("[")[2]
-        named = [model.label for model in config.candidate if model.label in parameters]
+        named = [subject for subject in candidates_of(config) if subject.id in parameters]
         if not named:
             return None
         return GateResult(
             nodeid=report.nodeid,
-            reference=reference_label(config),
-            candidate=max(named, key=len),
+            reference=reference_of(config),
+            candidate=max(named, key=lambda subject: len(subject.id)),
             outcome="error",
             message=report.longreprtext,
         )
 
     def _results(self) -> list[GateResult]:
         """Return the results in the order in which the candidates were named, however workers finished."""
-        labels = [model.label for model in self._config.stash[CONFIG].candidate]
+        names = [subject.name for subject in candidates_of(self._config.stash[CONFIG])]
 
         def rank(result: GateResult) -> int:
-            name = result.candidate
-            named = [label for label in labels if name == label or name.startswith(f"{label} (")]  # (MoE backend)
-            return labels.index(named[0]) if named else len(labels)
+            name = result.candidate.name
+            return names.index(name) if name in names else len(names)
 
         return sorted(self._by_test.values(), key=rank)
 
 
 def _kld_of(item: pytest.Item) -> KLD | None:
-    kld = getattr(item, "funcargs", {}).get("kld")
-    return kld if isinstance(kld, KLD) else None
+    gate = item.stash.get(GATE, None)
+    return gate.kld if gate else None
 
 
 def _profile(kld: KLD) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_kld import __version__
-from pytest_kld.session.selection import describe_engine
+from pytest_kld.session.engines import describe_engine
 
 if TYPE_CHECKING:
     from pytest_kld.session.config import KLDConfig

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pytest_kld.diagnosis import Diagnosis
     from pytest_kld.figures.interval import Interval
     from pytest_kld.figures.scores import Scores
+    from pytest_kld.subjects.subject import Subject
 
 
 class KLD:
@@ -22,8 +23,9 @@ class KLD:
     Divergences are in nats. See `Summary` for each figure's definition.
 
     Attributes:
-        reference: how the user named the reference.
-        candidate: how the user named the candidate.
+        reference: the reference's name.
+        candidate: the candidate's name, with its axes.
+        subjects: the Subjects of both: what was run, by `reference` and `candidate`.
         bounds: the limits that are checked after the test's body, by name.
         each_dataset: whether they hold for each of several datasets too.
         scores: the table per position, without the positions that `--kld-skip-first` leaves out.
@@ -37,8 +39,8 @@ class KLD:
     def __init__(
         self,
         *,
-        reference: str,
-        candidate: str,
+        reference: Subject,
+        candidate: Subject,
         bounds: Mapping[str, float],
         scores: Scores,
         each_dataset: bool = False,
@@ -53,8 +55,9 @@ class KLD:
         """
         from pytest_kld.figures.scores import Summary
 
-        self.reference = reference
-        self.candidate = candidate
+        self.subjects = {"reference": reference, "candidate": candidate}
+        self.reference = reference.label
+        self.candidate = candidate.label
         self.bounds = dict(bounds)
         self.each_dataset = each_dataset
         self.scores = scores

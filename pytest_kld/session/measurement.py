@@ -7,29 +7,30 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pytest_kld.captures.cache import Cache, format_bytes
-from pytest_kld.captures.capture import MANIFEST, SCHEMA, Capture
-from pytest_kld.captures.recording import Recording, adopt_windows, require_fits
+from pytest_kld.captures.library import CaptureLibrary
+from pytest_kld.captures.recording import require_fits
 from pytest_kld.engines.sglang.engine import SGLangEngine
-from pytest_kld.errors import CaptureError, ModelError, ServerError
+from pytest_kld.errors import ModelError, ServerError
 from pytest_kld.figures.compare import compare, scores_key
-from pytest_kld.figures.schedule import schedule
+from pytest_kld.figures.schedule import rounds_of
 from pytest_kld.figures.scores import Scores
 from pytest_kld.kernel.device import pick_device
-from pytest_kld.session.selection import make_engine
+from pytest_kld.session.engines import make_engine
+from pytest_kld.session.subjects import candidates_of
 from pytest_kld.subjects.model import ModelSpec, is_capture
 from pytest_kld.text.corpus import load_corpus
 from pytest_kld.text.tokens import Tokens
 from pytest_kld.text.windows import Windows, chat_renderer, check_same_tokens, cut_windows, join_windows, load_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Sequence
 
+    from pytest_kld.captures.capture import Capture
     from pytest_kld.engines import Engine
     from pytest_kld.engines.sglang.pool import ServerHandle
     from pytest_kld.progress import Progress
     from pytest_kld.session.config import KLDConfig
-    from pytest_kld.session.selection import EngineArguments, Role
+    from pytest_kld.subjects.subject import Subject
 
 
 class Measurement:
@@ -44,10 +45,15 @@ class Measurement:
         """
         self.config = config
         self.progress = progress
-        self.cache = Cache(config.cache_dir)
-        self.engine: Engine = make_engine(config, progress)
-        self._origins: dict[Path, tuple[ModelSpec, Mapping[str, Any]]] = {}
-        self._all_windows: Windows | None = None
+        self.cache = Cache(config.cache_dir, config.started if config.refresh else None)
+        self.library = CaptureLibrary(cache=self.cache, engine=self.engine, store=config.store, progress=progress)
+        self._engines: dict[str, Engine] = {}
+
+    def engine(self, name: str) -> Engine:
+        """Return an engine by its name, made on first use."""
+        if name not in self._engines:
+            self._engines[name] = make_engine(name, self.config, self.progress)
+        return self._engines[name]
 
     def close(self) -> None:
         """Shut down what runs, and keep the cache within its size.
@@ -56,7 +62,7 @@ class Measurement:
             CacheError: an entry cannot be removed.
 
         """
-        self.engine.close()
+        self._close_engines()
         if self.config.cache_size is None:
             return
         removed, left = self.cache.shrink(self.config.cache_size)
@@ -122,67 +128,44 @@ class Measurement:
             ]
         )
 
-    def find(self, model: str) -> ModelSpec:
-        """Return the model that a test names.
-
-        Raises:
-            ModelError: it is neither a directory nor a hub id.
-
-        """
-        try:
-            return ModelSpec.parse(model, self.config.base)
-        except ValueError as error:
-            raise ModelError(str(error)) from None
-
-    def serve(self, model: str, arguments: EngineArguments, role: Role, moe_backend: str | None) -> ServerHandle:
-        """Return a server for a model: the one that runs, or a new one.
+    def serve(self, subject: Subject) -> ServerHandle:
+        """Return a server for a Subject: the one that runs, or a new one.
 
         Raises:
             ServerError: the engine has no servers, or it does not boot.
 
         """
-        if not isinstance(self.engine, SGLangEngine):
+        engine = self.engine(subject.engine)
+        if not isinstance(engine, SGLangEngine):
             raise ServerError("kld_server needs SGLang: install it, or give --kld-engine=sglang")
-        spec = self.find(model)
-        given = arguments.of(role, spec, moe_backend)
-        if "url" in given:
-            raise ServerError(f"{spec.label} is served at {given['url']}; kld_server boots servers")
-        return self.engine.servers.get(spec.pin(), given["args"], given["env"])
+        if "url" in subject.arguments:
+            raise ServerError(f"{subject.name} is served at {subject.arguments['url']}; kld_server boots servers")
+        return engine.servers.get(subject.pin().spec, subject.arguments["args"], subject.environment)
 
-    def capture(self, model: ModelSpec, arguments: Mapping[str, Any], windows: Windows) -> Capture:
+    def capture(self, subject: Subject, windows: Windows) -> Capture:
         """Return the reference's capture, from the cache or made now; with --kld-windows=auto of the first round."""
-        return self._obtain(model, arguments, self._first_round(windows), None)
+        return self.library.obtain(
+            subject, self._first(windows), rounds=self._rounds(windows), before=lambda: self._check_candidates(windows)
+        )
 
-    def candidate_capture(
-        self, model: ModelSpec, arguments: Mapping[str, Any], windows: Windows, reference: Capture
-    ) -> Capture:
+    def candidate_capture(self, subject: Subject, windows: Windows, reference: Capture) -> Capture:
         """Return a candidate's capture, from the cache or made now; with --kld-windows=auto of the first round.
 
         Before the candidate's model is loaded, the reference's capture is verified: what was expensive should not
         turn out to be in vain.
         """
-        return self._obtain(model, arguments, self._first_round(windows), reference)
+        if not is_capture(subject.spec.path):
+            self._check_tokens(subject.pin(), windows)
 
-    def extend(self, capture: Capture, windows: Windows, reference: Capture | None) -> Capture:
-        """Return a capture of the same model that covers at least these windows.
+        def check() -> None:
+            self._require_fits(subject.pin(), windows)
+            reference.verify()
 
-        Args:
-            capture: one of fewer windows that came from here, or one that covers them already.
-            windows: what to cover.
-            reference: the reference's capture, if it is a candidate's.
+        return self.library.obtain(subject, self._first(windows), rounds=self._rounds(windows), before=check)
 
-        Raises:
-            CaptureError: a capture of fewer windows that is not from here.
-
-        """
-        if capture.windows >= windows.count:
-            return capture
-        if capture.path not in self._origins:
-            raise CaptureError(
-                f"the capture {capture.path} has {capture.windows} windows and {windows.count} are needed; give "
-                "--kld-windows=auto:N with its number, or a model that can be run"
-            )
-        return self._obtain(*self._origins[capture.path], windows, reference)
+    def extend(self, capture: Capture, windows: Windows, rounds: Sequence[Windows]) -> Capture:
+        """Return a capture of the same Subject that covers at least these windows. See `CaptureLibrary.extend`."""
+        return self.library.extend(capture, windows, rounds=rounds, before=lambda: self._check_candidates(rounds[-1]))
 
     def scores(
         self,
@@ -202,14 +185,14 @@ class Measurement:
         key = scores_key(reference, candidate, windows, config.head)
         path = self.cache.scores_entry(key)
         with self.cache.lock(path, lambda: self._say_waiting(f"scores of {candidate.name}")):
-            if self._is_there(path):
+            if self.cache.holds(path):
                 saved = Scores.load(path)
                 if saved.extended or not extended:
                     # The token ids are the same, but their datasets may be called otherwise by now.
                     return replace(saved, about={**saved.about, "protocol": windows.protocol()})
             reference.verify()
             candidate.verify()
-            self.engine.close()  # a comparison wants the memory that a server holds
+            self._close_engines()  # a comparison wants the memory that a server holds
             scores = compare(
                 reference,
                 candidate,
@@ -223,95 +206,37 @@ class Measurement:
             scores.save(path)
         return scores
 
-    def _obtain(
-        self, model: ModelSpec, arguments: Mapping[str, Any], windows: Windows, reference: Capture | None
-    ) -> Capture:
-        if model.path is not None and is_capture(model.path):
-            return Capture.open(model.path, self._all_windows or windows)
-        model = model.pin()
-        if reference is not None:
-            self._check_tokens(model, self._all_windows or windows)
-        key = {
-            "schema": SCHEMA,
-            "model": model.identity(),
-            "engine": self.engine.fingerprint(model, arguments),
-            "token_ids_sha256": windows.digest,
-            "store": self.config.store,
-        }
-        entry = self.cache.capture_entry(key)
-        for more in self._rounds(above=windows.count):
-            larger = self._entry_of(key, more)
-            if self._is_there(larger / MANIFEST):
-                entry, windows = larger, more
-        with self.cache.lock(entry, lambda: self._say_waiting(f"capture of {model.label}")):
-            if not self._is_there(entry / MANIFEST):
-                if self.config.refresh or entry.exists():
-                    self.cache.discard(entry)
-                if reference is None:
-                    self._check_candidates(self._all_windows or windows)
-                else:
-                    require_fits(self.engine.facts(model, arguments), windows, model.label)
-                    reference.verify()
-                for fewer in self._rounds(below=windows.count):
-                    smaller = self._entry_of(key, fewer)
-                    if self._is_there(smaller / MANIFEST):
-                        adopt_windows(Capture.open(smaller, fewer), self.cache.partial(entry))
-                recording = Recording(
-                    engine=self.engine,
-                    model=model,
-                    arguments=arguments,
-                    windows=windows,
-                    store=self.config.store,
-                    key=key,
-                )
-                recording.run(self.cache, entry, self.progress)
-        self._origins[entry] = (model, arguments)
-        return Capture.open(entry, windows)
+    def _first(self, windows: Windows) -> Windows:
+        """Return what is captured at first."""
+        return self._rounds(windows)[0]
 
-    def _entry_of(self, key: dict[str, Any], windows: Windows) -> Path:
-        """Return the entry of the same capture over other windows."""
-        return self.cache.capture_entry({**key, "token_ids_sha256": windows.digest})
-
-    def _first_round(self, windows: Windows) -> Windows:
-        """Return what is captured at first, and remember what it may grow to."""
-        if not self.config.adaptive:
-            return windows
-        self._all_windows = windows
-        return windows.first(schedule(windows.count)[0].windows)
-
-    def _rounds(self, *, above: int = 0, below: int | None = None) -> list[Windows]:
-        """Return the windows of those rounds whose number lies between; none if this is no run in rounds."""
-        if self._all_windows is None:
-            return []
-        counts = [look.windows for look in schedule(self._all_windows.count)]
-        return [self._all_windows.first(n) for n in counts if above < n and (below is None or n < below)]
+    def _rounds(self, windows: Windows) -> list[Windows]:
+        return rounds_of(windows) if self.config.adaptive else [windows]
 
     def _check_candidates(self, windows: Windows) -> None:
         """Find what is wrong with a candidate before the reference is run, which may take hours."""
-        for model in self.config.candidate:
-            if not is_capture(model.path):
-                self._check_candidate(model.pin(), {}, windows)
+        for subject in candidates_of(self.config):
+            if not is_capture(subject.spec.path):
+                pinned = subject.pin()
+                self._require_fits(pinned, windows)
+                self._check_tokens(pinned, windows)
 
-    def _check_candidate(self, model: ModelSpec, arguments: Mapping[str, Any], windows: Windows) -> None:
-        require_fits(self.engine.facts(model, arguments), windows, model.label)
-        self._check_tokens(model, windows)
+    def _require_fits(self, subject: Subject, windows: Windows) -> None:
+        require_fits(self.engine(subject.engine).facts(subject), windows, subject.label)
 
-    def _check_tokens(self, model: ModelSpec, windows: Windows) -> None:
+    def _check_tokens(self, subject: Subject, windows: Windows) -> None:
         """Refuse a candidate to which the ids mean something else, unless a tokenizer was named for both sides."""
         if self.config.tokenizer is not None:
             return
         try:
-            theirs = load_tokenizer(model, trust_remote_code=self.config.trust_remote_code)
+            theirs = load_tokenizer(subject.spec, trust_remote_code=self.config.trust_remote_code)
         except ModelError:
             return  # a candidate without a tokenizer is run on the reference's ids, as every other is
-        check_same_tokens(windows, self.tokenizer, theirs, model.label)
+        check_same_tokens(windows, self.tokenizer, theirs, subject.name)
 
-    def _is_there(self, made: Path) -> bool:
-        """Tell whether an entry may be used; with --kld-refresh only what was made since the session began."""
-        there = made.is_file() and not (self.config.refresh and made.stat().st_mtime < self.config.started)
-        if there:
-            self.cache.mark_used(made)
-        return there
+    def _close_engines(self) -> None:
+        for engine in self._engines.values():
+            engine.close()
 
     def _say_waiting(self, what: str) -> None:
         self.progress.note(f"waiting for another process that makes the {what}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pytest_kld.figures.schedule import schedule
+from pytest_kld.figures.schedule import rounds_of, schedule
 from pytest_kld.figures.scores import Summary
 from pytest_kld.figures.uncertainty import intervals
 from pytest_kld.gate.verdict import judge
@@ -45,10 +45,10 @@ class Rounds:
         """
         config, reference, candidate, scores = self.measurement.config, self.reference, self.candidate, None
         assert config.confidence is not None
-        for look in schedule(self.windows.count):
-            windows = self.windows.first(look.windows)
-            reference = self.measurement.extend(reference, windows, None)
-            candidate = self.measurement.extend(candidate, windows, reference)
+        rounds = rounds_of(self.windows)
+        for look, windows in zip(schedule(self.windows.count), rounds, strict=True):
+            reference = self.measurement.extend(reference, windows, rounds)
+            candidate = self.measurement.extend(candidate, windows, rounds)
             scores = self.measurement.scores(reference, candidate, windows, extended=self.extended, known=scores)
             counted = scores.without_first(config.skip_first)
             known = intervals(counted, config.confidence, spend=look.spend)

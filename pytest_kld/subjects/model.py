@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,15 @@ class ModelSpec:
     def source(self) -> str:
         """Return what `from_pretrained` takes."""
         return str(self.path) if self.path else self.name
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {"name": self.name, "path": None if self.path is None else str(self.path), "revision": self.revision}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelSpec:
+        """Read what `to_json` gave."""
+        return cls(name=data["name"], path=data["path"] and Path(data["path"]), revision=data["revision"])
 
     def pin(self) -> ModelSpec:
         """Resolve a hub id to its commit, so that what is loaded is what is keyed.

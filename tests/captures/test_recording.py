@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from recorded import load, own_logits, record
+from recorded import load, own_logits, record, transformers_subject
 
 from pytest_kld.captures.capture import Capture
 from pytest_kld.captures.recording import capture_bytes, require_fits
 from pytest_kld.engines.transformers import TransformersEngine
 from pytest_kld.errors import KLDError, ModelError
-from pytest_kld.subjects.model import ModelSpec
 
 if TYPE_CHECKING:
     from pytest_kld.text.windows import Windows
@@ -31,6 +30,7 @@ import numpy as np
 from pytest_kld.captures.cache import Cache
 from pytest_kld.engines.transformers import TransformersEngine
 from pytest_kld.subjects.model import ModelSpec
+from pytest_kld.subjects.subject import Subject
 from pytest_kld.progress import Silent
 from pytest_kld.captures.recording import Recording
 from pytest_kld.text.windows import Windows
@@ -49,8 +49,9 @@ class Slow(TransformersEngine):
         network.register_forward_hook(note)
         return network
 
-recording = Recording(engine=Slow(device="cpu"), model=ModelSpec.parse(str(model), Path()), arguments={},
-                      windows=windows, store="logits", key={"a": 1})
+subject = Subject(name=str(model), model=ModelSpec.parse(str(model), Path()), engine="transformers")
+recording = Recording(engine=Slow(device="cpu"), subject=subject, windows=windows, store="logits",
+                      key={"a": 1})
 cache = Cache(root / "cache")
 entry = cache.capture_entry(recording.key)
 with cache.lock(entry, lambda: None):
@@ -122,7 +123,7 @@ def test_a_capture_takes_the_bytes_that_were_announced(
     store: Any, dtype: str, reference_dir: Path, windows: Windows, tmp_path: Path
 ) -> None:
     capture = record(reference_dir, windows, tmp_path, store=store, dtype=dtype)
-    facts = TransformersEngine(dtype=dtype).facts(ModelSpec.parse(str(reference_dir), Path()), {})
+    facts = TransformersEngine(dtype=dtype).facts(transformers_subject(reference_dir))
     announced = capture_bytes(facts, windows, store, 2)
     used = sum(path.stat().st_size for path in capture.path.rglob("*") if path.is_file())
     assert 0 <= announced - used <= 1 << 20
@@ -147,7 +148,7 @@ def test_ids_beyond_the_vocabulary_and_windows_beyond_the_context_are_refused(
 ) -> None:
     from dataclasses import replace
 
-    facts = TransformersEngine().facts(ModelSpec.parse(str(reference_dir), Path()), {})
+    facts = TransformersEngine().facts(transformers_subject(reference_dir))
     greatest = int(windows.token_ids.max())
     require_fits(replace(facts, vocab_size=greatest + 1, context_length=64), windows, "model")
     with pytest.raises(

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from recorded import load, own_logits, record
+from recorded import load, own_logits, record, transformers_subject
 from safetensors.torch import load_file, save_file
 
 from pytest_kld.engines.transformers import TransformersEngine
 from pytest_kld.errors import ModelError
-from pytest_kld.subjects.model import ModelSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,11 +59,14 @@ def test_quantized_models_are_run_as_transformers_loads_them(
 
 
 def test_quantization_is_part_of_the_fingerprint(reference_dir: Path) -> None:
-    spec, engine = ModelSpec.parse(str(reference_dir), Path()), TransformersEngine()
-    plain, quantized = (engine.fingerprint(spec, a) for a in ({}, {"quantization_config": bitsandbytes()}))
+    engine = TransformersEngine()
+    plain, quantized, again = (
+        engine.fingerprint(transformers_subject(reference_dir, **arguments))
+        for arguments in ({}, {"quantization_config": bitsandbytes()}, {"quantization_config": bitsandbytes()})
+    )
     assert "bitsandbytes" in quantized["versions"]
     assert "bitsandbytes" not in plain["versions"]
-    assert plain != quantized == engine.fingerprint(spec, {"quantization_config": bitsandbytes()})
+    assert plain != quantized == again
 
 
 @pytest.mark.parametrize("change", ["missing", "shape"])
@@ -91,7 +93,7 @@ def test_a_truncated_checkpoint_is_an_error(make_model: MakeModel, windows: Wind
 def test_a_broken_config_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match="cannot read the config"):
-        TransformersEngine().facts(ModelSpec.parse(str(tmp_path), Path()), {})
+        TransformersEngine().facts(transformers_subject(tmp_path))
 
 
 def test_a_model_is_gone_from_memory_before_the_next_loads(

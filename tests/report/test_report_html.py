@@ -14,7 +14,7 @@ import browser as browsers
 import pytest
 from browser import Browser
 from conftest import SMALL_RUN
-from made import error_result, made_result
+from made import error_result, made_result, subject
 from selenium.webdriver.common.keys import Keys
 
 from pytest_kld.report.html import render, show_token, write_html_report
@@ -204,13 +204,15 @@ EVIL = "</script><script>window.pwned = 1</script><img src=x onerror='window.pwn
 
 
 def test_markup_in_texts_is_shown_and_neither_parsed_nor_run(chromium: Browser, tmp_path: Path) -> None:
-    result = made_result(f"{EVIL}/one", scale=1, reference=EVIL, nodeid=EVIL, message=EVIL, backend=EVIL)
+    result = made_result(subject(f"{EVIL}/one", EVIL), scale=1, reference=subject(EVIL), nodeid=EVIL, message=EVIL)
     about = {**(result.about or {}), EVIL: {EVIL: [EVIL, 1]}}
     about["protocol"] = {**about["protocol"], "dataset": EVIL}
     results = [
-        made_result(f"{EVIL}/one", scale=1, reference=EVIL, nodeid=EVIL, message=EVIL, backend=EVIL, about=about),
-        made_result(f"{EVIL}/two ({EVIL})", reference=EVIL, backend=EVIL),
-        error_result(EVIL, message=EVIL, reference=EVIL),
+        made_result(
+            subject(f"{EVIL}/one", EVIL), scale=1, reference=subject(EVIL), nodeid=EVIL, message=EVIL, about=about
+        ),
+        made_result(subject(f"{EVIL}/two", EVIL), reference=subject(EVIL)),
+        error_result(EVIL, message=EVIL, reference=subject(EVIL)),
     ]
     write_html_report(tmp_path / "report.html", results)
     chromium.open(tmp_path / "report.html")
@@ -234,9 +236,9 @@ def test_script_that_is_not_ours_does_not_run_even_as_markup(chromium: Browser, 
 
 def test_matrix_shows_models_by_backends(chromium: Browser, tmp_path: Path) -> None:
     results = [
-        made_result("x (triton)", backend="triton"),
-        made_result("x (cutlass)", scale=0.1, backend="cutlass"),
-        error_result("y (triton)", backend="triton"),
+        made_result(subject("x", "triton")),
+        made_result(subject("x", "cutlass"), scale=0.1),
+        error_result(subject("y", "triton")),
     ]
     write_html_report(tmp_path / "report.html", results)
     chromium.open(tmp_path / "report.html")

@@ -16,6 +16,7 @@ from pytest_kld.gate.limits import LIMITS
 from pytest_kld.gate.result import GateResult, checks_of
 from pytest_kld.gate.verdict import BANDS, judge
 from pytest_kld.report.json_file import SCHEMA_VERSION, write_json_report
+from pytest_kld.subjects.subject import Subject
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,13 +62,13 @@ def test_every_field_is_described_and_none_is_left_open_by_mistake() -> None:
                 open_objects.add(name)
         if "properties" in schema and schema["additionalProperties"] is False:
             assert schema["required"] == list(schema["properties"])
-    assert open_objects == {"engine", "versions", "datasets", "intervals"}
+    assert open_objects == {"engine", "versions", "datasets", "intervals", "arguments", "environment", "axes", "limits"}
 
 
 def test_schema_describes_every_figure_every_limit_and_every_field_of_a_result() -> None:
     assert sorted(SCHEMA["$defs"]["figures"]["properties"]) == sorted(field.name for field in fields(Summary))
     known = {field.name for field in fields(GateResult)} - {"profile"}  # there for charts alone
-    assert sorted(RESULT["properties"]) == sorted([*known, "band", "notes"])
+    assert sorted(RESULT["properties"]) == sorted([*known, "subjects", "band", "notes"])
     check = SCHEMA["$defs"]["check"]["properties"]
     assert check["limit"]["enum"] == list(LIMITS)
     assert check["figure"]["enum"] == [limit.figure for limit in LIMITS.values()]
@@ -118,8 +119,8 @@ def test_numbers_that_json_lacks_are_strings(tmp_path: Path) -> None:
     (check,) = checks_of(judge({"max": math.inf}, {"max_max": 1.0}))
     result = GateResult(
         nodeid="n",
-        reference="A",
-        candidate="B",
+        reference=Subject(name="A"),
+        candidate=Subject(name="B"),
         outcome="failed",
         checks=(check,),
         figures={**figures, "max": math.inf, "rms_delta_p": math.nan},

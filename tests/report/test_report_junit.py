@@ -13,6 +13,7 @@ import xmlschema
 from pytest_kld.gate.result import GateResult, checks_of
 from pytest_kld.gate.verdict import judge
 from pytest_kld.report.junit import write_junit
+from pytest_kld.subjects.subject import Subject
 
 if TYPE_CHECKING:
     from conftest import Gate
@@ -26,7 +27,13 @@ def validate(path: Path) -> ElementTree.Element:
 
 
 def result(**values: object) -> GateResult:
-    defaults = {"nodeid": "n", "reference": "A", "candidate": "B", "outcome": "passed", "seconds": 1.23456}
+    defaults = {
+        "nodeid": "n",
+        "reference": Subject(name="A"),
+        "candidate": Subject(name="B"),
+        "outcome": "passed",
+        "seconds": 1.23456,
+    }
     return GateResult(**{**defaults, **values})  # type: ignore[arg-type]
 
 
@@ -74,7 +81,7 @@ def test_failure_of_the_body_and_of_limits_are_cases_of_their_own(tmp_path: Path
 def test_expected_failures_are_skipped_and_errors_stay_errors(tmp_path: Path) -> None:
     checks = (limit("max_mean", "mean", 0.2, 0.1),)
     expected = result(outcome="failed", checks=checks, xfail=True, body_passed=True)
-    error = result(outcome="error", candidate="C", xfail=True, message="CaptureError: gone")
+    error = result(outcome="error", candidate=Subject(name="C"), xfail=True, message="CaptureError: gone")
     write_junit(tmp_path / "a.xml", [expected, error])
     first, second = validate(tmp_path / "a.xml")
     assert (first.get("failures"), first.get("skipped"), second.get("errors")) == ("0", "1", "1")
@@ -84,7 +91,12 @@ def test_markup_and_control_characters_are_escaped(tmp_path: Path) -> None:
     nasty = "<b>&\"' \x1b[31m\x00 ]]> \ud800 \U0001f642 é"
     check = limit("max_max", "max", math.inf, 1.0)
     failed = result(
-        nodeid=nasty, candidate=nasty, outcome="failed", checks=(check,), body_passed=False, message=f"{nasty}\n{nasty}"
+        nodeid=nasty,
+        candidate=Subject(name=nasty),
+        outcome="failed",
+        checks=(check,),
+        body_passed=False,
+        message=f"{nasty}\n{nasty}",
     )
     write_junit(tmp_path / "a.xml", [failed])
     (suite,) = validate(tmp_path / "a.xml")

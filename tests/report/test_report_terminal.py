@@ -14,6 +14,7 @@ import pytest
 from pytest_kld.gate.result import GateResult
 from pytest_kld.report import terminal
 from pytest_kld.report.terminal import TerminalTask, format_seconds, notes, table
+from pytest_kld.subjects.subject import Subject
 
 if TYPE_CHECKING:
     from conftest import Gate
@@ -38,8 +39,8 @@ def result(candidate: str, outcome: str, *, xfail: bool = False, **figures: floa
     measured = None if outcome == "error" else {**FIGURES, **figures}
     return GateResult(
         nodeid=f"test[{candidate}]",
-        reference="A",
-        candidate=candidate,
+        reference=Subject(name="A"),
+        candidate=Subject(name=candidate),
         outcome=outcome,  # type: ignore[arg-type]
         figures=measured,
         about=None if measured is None else ABOUT,
@@ -98,9 +99,19 @@ def test_different_engines_are_noted_once() -> None:
         }
 
     mixed = GateResult(
-        nodeid="n", reference="A", candidate="B", outcome="passed", about=about("sglang", "transformers")
+        nodeid="n",
+        reference=Subject(name="A"),
+        candidate=Subject(name="B"),
+        outcome="passed",
+        about=about("sglang", "transformers"),
     )
-    same = GateResult(nodeid="m", reference="A", candidate="C", outcome="passed", about=about("sglang", "sglang"))
+    same = GateResult(
+        nodeid="m",
+        reference=Subject(name="A"),
+        candidate=Subject(name="C"),
+        outcome="passed",
+        about=about("sglang", "sglang"),
+    )
     assert notes([same, result("unknown", "passed"), result("error", "error")]) == []
     (note,) = notes([mixed, mixed, same])
     assert note.startswith("note: B ran in transformers and the reference in sglang: ")

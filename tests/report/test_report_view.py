@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from made import error_result, made_result
+from made import error_result, made_result, subject
 
 from pytest_kld.report.view import short_names, view
 
@@ -44,17 +44,17 @@ def test_two_tests_of_a_candidate_have_a_row_for_each_of_their_bounds() -> None:
 
 def test_backends_make_a_matrix_that_shows_what_was_not_measured() -> None:
     results = [
-        made_result("x (triton)", scale=0.001, backend="triton"),
-        made_result("x (cutlass)", scale=0.1, backend="cutlass"),
-        made_result("y (triton)", scale=0.01, backend="triton"),
-        error_result("y (cutlass)", backend="cutlass"),
+        made_result(subject("x", "triton"), scale=0.001),
+        made_result(subject("x", "cutlass"), scale=0.1),
+        made_result(subject("y", "triton"), scale=0.01),
+        error_result(subject("y", "cutlass")),
         made_result("z"),
     ]
     matrix = view(results).matrix
     assert matrix is not None
-    assert matrix.backends == ["triton", "cutlass"]
+    assert matrix.columns == ["triton", "cutlass"]
     assert list(matrix.cells) == ["x", "y"]
-    means = {result.candidate: result.figures["mean"] for result in results if result.figures}
+    means = {result.candidate.label: result.figures["mean"] for result in results if result.figures}
     assert matrix.cells["x"] == {"triton": (means["x (triton)"], 0), "cutlass": (means["x (cutlass)"], 1)}
     middle = matrix.cells["y"]["triton"]
     assert middle is not None

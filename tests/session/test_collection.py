@@ -64,7 +64,7 @@ def test_class_mark_does_not_reach_other_classes_through_an_inherited_method(gat
 
         class Base:
             def test_shared(self, request):
-                assert ("kld" in request.fixturenames) == (type(self).__name__ == "TestMarked")
+                assert ("_kld_gate" in request.fixturenames) == (type(self).__name__ == "TestMarked")
 
         @pytest.mark.kld
         class TestMarked(Base): pass

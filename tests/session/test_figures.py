@@ -19,6 +19,7 @@ from pytest_kld.gate.verdict import judge
 from pytest_kld.progress import Silent
 from pytest_kld.session.kld import KLD
 from pytest_kld.session.measurement import Measurement
+from pytest_kld.subjects.subject import Subject
 
 EXTENDED_FIGURES = (*EXTENDED_COLUMNS, "abs_entropy_difference")
 RUN = ("--kld-dataset=python-docs", "--kld-windows=3", "--kld-window-size=64", "--kld-stride=32")
@@ -51,7 +52,7 @@ def make_scores(*, extended: bool = True, windows: tuple[int, ...] = (3,), posit
 
 
 def make_kld(scores: Scores, **bounds: float) -> KLD:
-    return KLD(reference="reference", candidate="candidate", bounds=bounds, scores=scores)
+    return KLD(reference=Subject(name="reference"), candidate=Subject(name="candidate"), bounds=bounds, scores=scores)
 
 
 def test_extended_figures_are_means_over_valid_positions() -> None:
@@ -168,7 +169,11 @@ def test_limits_hold_for_the_macro_average_and_for_each_dataset_if_asked_for() -
     assert average.passed
     assert len(average.checks) == 1
     each = KLD(
-        reference="reference", candidate="candidate", bounds={"max_mean": 0.06}, scores=scores, each_dataset=True
+        reference=Subject(name="reference"),
+        candidate=Subject(name="candidate"),
+        bounds={"max_mean": 0.06},
+        scores=scores,
+        each_dataset=True,
     ).verdict()
     assert [(check.dataset, check.passed) for check in each.checks] == [
         (None, True),
@@ -232,12 +237,12 @@ def test_the_second_pass_sees_the_logits_that_the_first_sees(
         *RUN, f"--kld-ref={reference_dir}", f"--kld-candidate={candidate_dir}", f"--kld-cache-dir={tmp_path}"
     )
     from pytest_kld.session.config import build_config
+    from pytest_kld.session.subjects import candidates_of, reference_of
 
     measurement = Measurement(build_config(config), Silent())
     windows = measurement.windows()
-    assert measurement.config.ref is not None
-    reference = measurement.capture(measurement.config.ref, {}, windows)
-    candidate = measurement.candidate_capture(measurement.config.candidate[0], {}, windows, reference)
+    reference = measurement.capture(reference_of(measurement.config), windows)
+    candidate = measurement.candidate_capture(candidates_of(measurement.config)[0], windows, reference)
     forth, back = (
         compare(*pair, windows, head="exact", device=torch.device("cpu"), progress=Silent(), extended=True).columns
         for pair in ((reference, candidate), (candidate, reference))

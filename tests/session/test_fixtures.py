@@ -64,7 +64,7 @@ def test_each_model_runs_once_for_all_tests_and_candidates(
 ) -> None:
     runs = []
     record = Recording.run
-    monkeypatch.setattr(Recording, "run", lambda self, *args: (runs.append(self.model.label), record(self, *args))[1])
+    monkeypatch.setattr(Recording, "run", lambda self, *args: (runs.append(self.subject.label), record(self, *args))[1])
     gate.pytester.makepyfile(
         test_a="def test_a(kld): pass\ndef test_b(kld_candidate): pass", test_b="def test_c(kld, kld_reference): pass"
     )
@@ -136,8 +136,9 @@ def test_captures_can_be_overridden_with_ones_made_elsewhere(gate: Gate) -> None
         def find(config, name):
             for path in config.cache_dir.glob("captures/*/capture.json"):
                 capture = Capture.open(path.parent)
-                arguments = capture.manifest["key"]["engine"]["arguments"]
-                if capture.name == name and capture.windows == 3 and not arguments:
+                key = capture.manifest["key"]
+                usual = (key["store"], key["engine"]["dtype"], key["engine"]["arguments"]) == ("auto", "auto", {})
+                if capture.name == name and capture.windows == 3 and usual:
                     if capture.manifest["protocol"]["window_size"] == 64:
                         return capture
 

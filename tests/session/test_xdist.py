@@ -22,7 +22,7 @@ COUNT_RUNS = """
         record = Recording.run
         def run(self, *args):
             with open(os.environ["RUNS"], "a") as file:
-                file.write(f"{self.model.label}\\n")
+                file.write(f"{self.subject.label}\\n")
             return record(self, *args)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Recording, "run", run)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from pytest_kld.errors import ServerError
+from pytest_kld.subjects.subject import MOE_BACKEND
 
 _OURS = {
     "--model-path": "the model is named with --kld-ref and --kld-candidate",
@@ -73,6 +74,9 @@ _NOT_NUMERIC = {
 }
 """Flags that move no logit of a prefill. Whatever is not listed here is part of the cache key."""
 
+_AXES = {MOE_BACKEND: "--moe-runner-backend"}
+"""The flag that each axis of a Subject stands for."""
+
 LAUNCH = ("-m", "sglang.launch_server")
 """What a command that starts SGLang ends with; `-m pytest_kld.hook` in its place tells what is installed."""
 ONE_WINDOW_A_BATCH = "--prefill-max-requests"
@@ -116,6 +120,11 @@ def check_arguments(arguments: Sequence[str], source: str) -> None:
             reason = _SPOIL["--lora-paths"]
         if reason is not None:
             raise ServerError(f"{source}: {name} cannot be given: {reason}.")
+
+
+def axis_flags(axes: Mapping[str, str]) -> list[str]:
+    """Return the flags that axes stand for."""
+    return [word for name, value in axes.items() for word in (_AXES[name], value)]
 
 
 def gpus_needed(arguments: Sequence[str]) -> int:

@@ -1,0 +1,115 @@
+"""The Subject: what is run. It is what is captured, what a cache key is made of, and what a row of a report shows."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pytest_kld.subjects.model import ModelSpec
+
+EnginePath = Literal["prefill"]
+"""The way through an engine that is measured."""
+MOE_BACKEND = "moe backend"
+"""The axis that `--kld-moe-backend` and the fixture `kld_moe_backend` set."""
+
+_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(^|_)API_?KEY|ACCESS_?KEY|(^|_)KEY$", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """One model, as one engine runs it. The reference is a Subject, and so is each candidate.
+
+    Attributes:
+        name: what reports call it, without its axes; usually the model as the user named it.
+        model: the model; None if a fixture of the project's own makes the capture.
+        engine: `sglang`, `transformers`, …; empty if `model` is a capture or None.
+        arguments: the engine's own arguments: keyword arguments of `from_pretrained` (`transformers`), or the flags
+            `args` of a server or the `url` of a running one (served engines).
+        environment: environment variables of its server, beyond those that it inherits.
+        path: the way through the engine.
+        axes: what tells Subjects of one model apart, by name, in order: `{"moe backend": "triton"}`.
+        limits: bounds of its own, by limit; they win over command line and ini file.
+        tags: words to select it by.
+
+    """
+
+    name: str
+    model: ModelSpec | None = None
+    engine: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    path: EnginePath = "prefill"
+    axes: Mapping[str, str] = field(default_factory=dict)
+    limits: Mapping[str, float] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Return the name with the values of the axes, for reports and messages."""
+        return f"{self.name} ({', '.join(self.axes.values())})" if self.axes else self.name
+
+    @property
+    def id(self) -> str:
+        """Return the name with the values of the axes, for a test's id."""
+        return "-".join((self.name, *self.axes.values()))
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Return the model of a Subject that has one."""
+        assert self.model is not None, f"{self.name} has no model"
+        return self.model
+
+    def pin(self) -> Subject:
+        """Return the Subject with its model resolved to a commit. See `ModelSpec.pin`."""
+        return replace(self, model=self.spec.pin())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data. Arguments that JSON lacks are described; values of secret variables are digests."""
+        return {
+            "name": self.name,
+            "model": None if self.model is None else self.model.to_json(),
+            "engine": self.engine,
+            "arguments": as_json(self.arguments),
+            "environment": without_secrets(self.environment),
+            "path": self.path,
+            "axes": dict(self.axes),
+            "limits": dict(self.limits),
+            "tags": list(self.tags),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Subject:
+        """Read what `to_json` gave."""
+        model = data["model"]
+        return cls(
+            **{**data, "model": None if model is None else ModelSpec.from_json(model), "tags": tuple(data["tags"])}
+        )
+
+
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return variables in the order of their names, with a digest in place of a value that nobody should read."""
+    return {
+        name: f"sha256:{hashlib.sha256(value.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"
+        if _SECRET.search(name)
+        else value
+        for name, value in sorted(environment.items())
+    }
+
+
+def as_json(value: Any) -> Any:
+    """Return plain data that tells arguments of `from_pretrained` apart, configuration objects included."""
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): as_json(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "to_dict"):
+        return as_json(value.to_dict())
+    return str(value) if type(value).__module__ == "torch" else repr(value)
