@@ -1,12 +1,8 @@
-"""The test that runs where nobody wrote one."""
+"""The test that runs if nobody wrote one."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pytest_kld.session.kld import KLD
+import pytest
 
 
-def test_kld(_kld_gate: KLD) -> None:
+@pytest.mark.usefixtures("_kld_gate")
+def test_kld() -> None:
     """Gate the candidate: the limits are checked after this body."""
