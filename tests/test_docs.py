@@ -62,7 +62,17 @@ def test_facade_has_every_figure_that_the_fixture_table_names() -> None:
     (description,) = [row[2] for row in rows("Fixtures") if row[0] == "kld"]
     names = set(re.findall(r"`(\w+)`", description))
     public = {name for name, _ in inspect.getmembers(KLD, lambda value: isinstance(value, property))}
-    attributes = {"summary", "diagnosis", "datasets", "scores", "intervals", "bounds", "reference", "candidate"}
+    attributes = {
+        "summary",
+        "diagnosis",
+        "datasets",
+        "scores",
+        "intervals",
+        "bounds",
+        "reference",
+        "candidate",
+        "subjects",
+    }
     assert names == {name for name in public if not name.startswith("_")} | attributes
 
 
