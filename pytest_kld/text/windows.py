@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +30,12 @@ _FIXED_DATE = (
     + " }}{%- endmacro -%}"
 )
 """What a chat template gets in place of today's date: the one that Llama 3's templates fall back on."""
+
+_TOKENIZER_FILE = re.compile(
+    r"(tokeniz|tekken|vocab|merges|spiece|spm|sentencepiece|bpe|tiktoken)[^/]*\.(json|model|txt|py|codes|v\d+[^/]*)"
+    r"|[^/]*\.(tiktoken|spm)"
+)
+"""Files that hold a tokenizer, as the libraries name them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +109,39 @@ def load_tokenizer(model: ModelSpec, *, trust_remote_code: bool) -> PreTrainedTo
         ModelError: it has none, or it cannot be loaded.
 
     """
+    try:
+        return _load_tokenizer(model, trust_remote_code)
+    except ModelError as error:
+        raise ModelError(
+            f"{model.label} has no tokenizer that loads: {error}. Name a model that has one with --kld-tokenizer."
+        ) from error
+
+
+def load_tokenizer_if_any(model: ModelSpec, *, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """Load a model's tokenizer; return None if the model has no file of one.
+
+    Args:
+        model: the pinned model.
+        trust_remote_code: whether a repository's own code may run.
+
+    Raises:
+        ModelError: it has one that cannot be loaded; names its files and the reason.
+
+    """
+    try:
+        return _load_tokenizer(model, trust_remote_code)
+    except ModelError as error:
+        files = tokenizer_files(model)
+        if not files:
+            return None
+        raise ModelError(
+            f"the tokenizer of {model.label} ({', '.join(files)}) does not load: {error}. Mend it, or name the right "
+            "tokenizer for both sides with --kld-tokenizer."
+        ) from error
+
+
+def _load_tokenizer(model: ModelSpec, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer, or raise a ModelError that says no more than why it cannot be loaded."""
     from transformers import AutoTokenizer
 
     try:
@@ -109,14 +150,30 @@ def load_tokenizer(model: ModelSpec, *, trust_remote_code: bool) -> PreTrainedTo
         )
         usable = len(tokenizer("a b c", add_special_tokens=False)["input_ids"]) > 0
     except Exception as error:  # tokenizers raise whatever their files make them
-        raise ModelError(_no_tokenizer(model, f": {error}")) from error
+        raise ModelError(str(error).strip().rstrip(".") or type(error).__name__) from error
     if not usable:  # transformers makes an empty tokenizer up where files are missing
-        raise ModelError(_no_tokenizer(model, ""))
+        raise ModelError("it has no vocabulary")
     return tokenizer
 
 
-def _no_tokenizer(model: ModelSpec, reason: str) -> str:
-    return f"{model.label} has no tokenizer that loads{reason}. Name a model that has one with --kld-tokenizer."
+def tokenizer_files(model: ModelSpec) -> list[str]:
+    """Return the names of the files that a model's tokenizer is loaded from; none if it has no tokenizer."""
+    return sorted(name for name in _file_names(model) if _TOKENIZER_FILE.fullmatch(name))
+
+
+def _file_names(model: ModelSpec) -> list[str]:
+    if model.path is not None:
+        return [path.name for path in model.path.iterdir()]
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
+    names = [path.name for path in Path(cached).parent.iterdir()] if isinstance(cached, str) else []
+    if any(_TOKENIZER_FILE.fullmatch(name) for name in names):
+        return names
+    try:
+        return list(HfApi().list_repo_files(model.name, revision=model.revision))
+    except Exception:  # whatever the hub's client makes of a network that is not there: the cache is all there is
+        return names
 
 
 def cut_windows(

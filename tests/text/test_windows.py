@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,14 @@ from transformers import PreTrainedTokenizerFast
 from pytest_kld.errors import CorpusError, ModelError
 from pytest_kld.subjects.model import ModelSpec
 from pytest_kld.text.corpus import Corpus, load_corpus
-from pytest_kld.text.windows import Windows, check_same_tokens, cut_windows, load_tokenizer
+from pytest_kld.text.windows import (
+    Windows,
+    check_same_tokens,
+    cut_windows,
+    load_tokenizer,
+    load_tokenizer_if_any,
+    tokenizer_files,
+)
 
 CORPUS = Corpus(name="a text", text=load_corpus("python-docs", Path()).text[:4000])
 
@@ -116,6 +124,42 @@ def test_a_broken_tokenizer_is_an_error(make_model: MakeModel) -> None:
     (path / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="broken-tokenizer has no tokenizer that loads"):
         load_tokenizer(ModelSpec.parse(str(path), Path()), trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [
+        *((name, True) for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")),
+        *(
+            (name, True)
+            for name in ("merges.txt", "spiece.model", "tekken.json", "qwen.tiktoken", "tokenizer.model.v3")
+        ),
+        *((name, True) for name in ("sentencepiece.bpe.model", "tokenization_own.py", "tokenizer.model.v3", "a.spm")),
+        *((name, False) for name in ("config.json", "model.safetensors", "special_tokens_map.json", "own.py")),
+        *(
+            (name, False)
+            for name in ("vocab.safetensors", "README.md", "generation_config.json", "chat_template.jinja")
+        ),
+    ],
+)
+def test_files_of_a_tokenizer_are_known_by_their_names(name: str, is_one: bool, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("")
+    assert tokenizer_files(ModelSpec(name="m", path=tmp_path)) == ([name] if is_one else [])
+
+
+def test_a_hub_model_without_tokenizer_has_none_and_a_broken_one_is_an_error(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    commit = "a" * 40
+    snapshot = tmp_path / "models--org--name" / "snapshots" / commit
+    shutil.copytree(make_model("bare", tokenizer=False), snapshot)
+    model = ModelSpec(name="org/name", revision=commit)
+    assert load_tokenizer_if_any(model, trust_remote_code=False) is None
+    (snapshot / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match=r"the tokenizer of org/name@a+ \(tokenizer\.json\) does not load: .*Mend it"):
+        load_tokenizer_if_any(model, trust_remote_code=False)
 
 
 def test_ids_that_mean_other_tokens_to_the_candidate_are_named(tokenizer: PreTrainedTokenizerFast) -> None:
