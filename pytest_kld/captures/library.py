@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pytest_kld.captures.capture import Store
     from pytest_kld.engines import Engine
     from pytest_kld.progress import Progress
+    from pytest_kld.subjects.model import ModelSpec
     from pytest_kld.subjects.subject import Subject
     from pytest_kld.text.windows import Windows
 
@@ -29,6 +30,7 @@ class CaptureLibrary:
     Attributes:
         cache: where they are kept.
         engine: returns an engine by its name.
+        identify: returns what determines a pinned model's bits, as JSON.
         store: what they keep.
         progress: told of what is recorded, and of waiting.
 
@@ -36,6 +38,7 @@ class CaptureLibrary:
 
     cache: Cache
     engine: Callable[[str], Engine]
+    identify: Callable[[ModelSpec], dict[str, Any]]
     store: Store
     progress: Progress
     _subjects: dict[Path, Subject] = field(default_factory=dict)
@@ -58,7 +61,8 @@ class CaptureLibrary:
             before: called before a model is run; raises if that would be in vain.
 
         Raises:
-            KLDError: the capture named is not of these windows, or the model cannot be run.
+            KLDError: the capture named is not of these windows, the model cannot be run, or its files changed while
+                it was captured.
 
         """
         path = subject.spec.path
@@ -84,6 +88,12 @@ class CaptureLibrary:
                     engine=self.engine(subject.engine), subject=subject, windows=windows, store=self.store, key=key
                 )
                 recording.run(self.cache, entry, self.progress)
+                if self.identify(subject.spec) != key["model"]:
+                    self.cache.discard(entry)
+                    raise CaptureError(
+                        f"the files of {subject.spec.label} changed while it was captured. The capture is removed; run "
+                        "again when they are complete."
+                    )
         self._subjects[entry] = subject
         return Capture.open(entry, windows)
 
@@ -118,7 +128,7 @@ class CaptureLibrary:
     def _key(self, subject: Subject, windows: Windows) -> dict[str, Any]:
         return {
             "schema": SCHEMA,
-            "model": subject.spec.identity(),
+            "model": self.identify(subject.spec),
             "engine": self.engine(subject.engine).fingerprint(subject),
             "path": subject.path,
             "axes": dict(subject.axes),

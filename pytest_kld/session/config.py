@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pytest_kld.captures.capture import Store
     from pytest_kld.gate.result import Inconclusive
     from pytest_kld.kernel.head import HeadMode
+    from pytest_kld.subjects.digests import Hash
 
 Metrics = Literal["core", "all"]
 
@@ -73,6 +74,7 @@ class KLDConfig:
     head: HeadMode
     cache_dir: Path
     cache_size: int | None
+    hash: Hash
     refresh: bool
     junit: Path | None
     json: Path | None

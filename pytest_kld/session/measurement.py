@@ -17,10 +17,19 @@ from pytest_kld.figures.scores import Scores
 from pytest_kld.kernel.device import pick_device
 from pytest_kld.session.engines import make_engine
 from pytest_kld.session.subjects import candidates_of
+from pytest_kld.subjects.digests import MEMO, FileDigests
 from pytest_kld.subjects.model import ModelSpec, is_capture
 from pytest_kld.text.corpus import load_corpus
 from pytest_kld.text.tokens import Tokens
-from pytest_kld.text.windows import Windows, chat_renderer, check_same_tokens, cut_windows, join_windows, load_tokenizer
+from pytest_kld.text.windows import (
+    Windows,
+    chat_renderer,
+    check_same_tokens,
+    cut_windows,
+    join_windows,
+    load_tokenizer,
+    load_tokenizer_if_any,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,7 +55,12 @@ class Measurement:
         self.config = config
         self.progress = progress
         self.cache = Cache(config.cache_dir, config.started if config.refresh else None)
-        self.library = CaptureLibrary(cache=self.cache, engine=self.engine, store=config.store, progress=progress)
+        self.digests = FileDigests(
+            kind=config.hash, memo=config.cache_dir / MEMO, fresh=config.refresh, note=progress.note
+        )
+        self.library = CaptureLibrary(
+            cache=self.cache, engine=self.engine, identify=self.identify, store=config.store, progress=progress
+        )
         self._engines: dict[str, Engine] = {}
 
     def engine(self, name: str) -> Engine:
@@ -54,6 +68,10 @@ class Measurement:
         if name not in self._engines:
             self._engines[name] = make_engine(name, self.config, self.progress)
         return self._engines[name]
+
+    def identify(self, model: ModelSpec) -> dict[str, Any]:
+        """Return what determines a pinned model's bits. See `ModelSpec.identity`."""
+        return model.identity(self.digests, trust_remote_code=self.config.trust_remote_code)
 
     def close(self) -> None:
         """Shut down what runs, and keep the cache within its size.
@@ -219,6 +237,7 @@ class Measurement:
             if not is_capture(subject.spec.path):
                 pinned = subject.pin()
                 self._require_fits(pinned, windows)
+                self.identify(pinned.spec)
                 self._check_tokens(pinned, windows)
 
     def _require_fits(self, subject: Subject, windows: Windows) -> None:
@@ -228,10 +247,13 @@ class Measurement:
         """Refuse a candidate to which the ids mean something else, unless a tokenizer was named for both sides."""
         if self.config.tokenizer is not None:
             return
-        try:
-            theirs = load_tokenizer(subject.spec, trust_remote_code=self.config.trust_remote_code)
-        except ModelError:
-            return  # a candidate without a tokenizer is run on the reference's ids, as every other is
+        theirs = load_tokenizer_if_any(subject.spec, trust_remote_code=self.config.trust_remote_code)
+        if theirs is None:  # it is run on the reference's ids, as every other is
+            self.progress.note(
+                f"{subject.name} has no tokenizer, so nothing shows that token ids mean the same to it as to "
+                f"{windows.tokenizer}"
+            )
+            return
         check_same_tokens(windows, self.tokenizer, theirs, subject.name)
 
     def _close_engines(self) -> None:

@@ -367,6 +367,14 @@ OPTIONS: tuple[Option, ...] = (
         help="Greatest size of the cache, e.g. 500GB: when a session ends, captures and scores that were used least "
         "recently are removed, but none of the last 24 hours. Default: no limit.",
     ),
+    Option(
+        name="hash",
+        metavar="HASH",
+        default="sample",
+        parse=_choice("sample", "full"),
+        help="What of a local model's files identifies it in the cache: sample (all of small files, spans of every "
+        "tensor and of the whole of large ones) or full (every byte).",
+    ),
     Option(name="refresh", flag=True, help="Capture and compare anew what the cache already holds."),
     Option(name="junit", metavar="FILE", parse=_report, help="Write a JUnit report: a suite per candidate."),
     Option(

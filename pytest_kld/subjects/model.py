@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytest_kld.errors import ModelError
-from pytest_kld.files import sha256_of_json
+
+if TYPE_CHECKING:
+    from pytest_kld.subjects.digests import FileDigests
 
 CAPTURE_FILES = ("capture.json", "0.safetensors")
 """What captures begin with: the manifest, or the first window of the original layout."""
@@ -40,17 +44,27 @@ class ModelSpec:
             base: the directory that a relative path starts from.
 
         Raises:
-            ValueError: neither a directory with a model or a capture, nor the form of a hub id.
+            ValueError: neither a directory with a model or a capture, nor the form of a hub id; or a directory that
+                could be both; or no name that a file can have.
 
         """
-        path = (base / Path(text).expanduser()).resolve()
-        if path.is_dir():
-            if not (path / "config.json").is_file() and not is_capture(path):
-                raise ValueError(f"{path} is neither a model directory (no config.json) nor a capture")
+        try:
+            text.encode()
+            path = (base / Path(text).expanduser()).resolve()
+            is_directory = path.is_dir()
+        except UnicodeEncodeError:
+            raise ValueError(f"{_shown(text)} is not valid UTF-8: rename it") from None
+        except (OSError, ValueError, RuntimeError) as error:  # too long, NUL bytes, the home of an unknown user
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{_shown(text)} can name neither a directory nor a hub id: {reason}") from None
+        if is_directory:
+            _require_one_kind(path)
             return cls(name=text, path=path)
         name, _, revision = text.partition("@")
         if not _HUB_ID.fullmatch(name) or ("@" in text and not revision):
-            raise ValueError(f"{text!r}: there is no directory {path}, and it is no hub id (ORG/NAME[@REVISION])")
+            raise ValueError(
+                f"{_shown(text)}: there is no directory {_shown(str(path))}, and it is no hub id (ORG/NAME[@REVISION])"
+            )
         return cls(name=name, revision=revision or None)
 
     @property
@@ -72,8 +86,11 @@ class ModelSpec:
         """Read what `to_json` gave."""
         return cls(name=data["name"], path=data["path"] and Path(data["path"]), revision=data["revision"])
 
-    def pin(self) -> ModelSpec:
+    def pin(self, file: str = "config.json") -> ModelSpec:
         """Resolve a hub id to its commit, so that what is loaded is what is keyed.
+
+        Args:
+            file: a file that the repository is known to have.
 
         Raises:
             ModelError: the model is not there, or the hub cannot be reached and has left nothing in its cache.
@@ -85,29 +102,82 @@ class ModelSpec:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
-            config = Path(hf_hub_download(self.name, "config.json", revision=self.revision))
+            config = Path(hf_hub_download(self.name, file, revision=self.revision))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
             raise ModelError(
                 f"cannot find the model {self.label}: {_first_line(error)} It is no local directory either. Check the "
                 "name and revision; for a private model log in with `hf auth login`; offline, fill the hub's cache "
                 "first (`hf download`) or name a local directory."
             ) from error
-        return ModelSpec(name=self.name, revision=config.parent.name)  # …/snapshots/<commit>/config.json
+        commit = config.parents[len(Path(file).parts) - 1].name  # …/snapshots/<commit>/config.json
+        return ModelSpec(name=self.name, revision=commit)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, digests: FileDigests, *, trust_remote_code: bool = False) -> dict[str, Any]:
         """Return what determines the model's bits, as JSON for the cache key. Wants a pinned spec.
 
-        A hub model is its id and commit; a local one the names, sizes and modification times of its files
-        (hashing hundreds of gigabytes would cost more than many a capture).
+        A hub model is its id and commit; a local one the contents of its files, and how much of them was read. With
+        it goes what it takes from elsewhere: an adapter's base model, and code from another repository.
+
+        Args:
+            digests: reads files, or remembers them.
+            trust_remote_code: whether code from another repository may run.
+
+        Raises:
+            ModelError: a file cannot be read, or a link leads nowhere.
+
         """
-        if not self.path:
-            return {"hub": self.name, "commit": self.revision}
-        files = sorted(path for path in self.path.rglob("*") if path.is_file() and not _hidden(path, self.path))
-        return {
-            "local": sha256_of_json(
-                [[str(path.relative_to(self.path)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-            )
+        return self._identity(digests, trust_remote_code, frozenset())
+
+    def _identity(self, digests: FileDigests, trust_remote_code: bool, above: frozenset[ModelSpec]) -> dict[str, Any]:
+        from pytest_kld.subjects.identity import digest_of_directory  # not needed where the plugin is only loaded
+
+        own: dict[str, Any] = {"hub": self.name, "commit": self.revision}
+        if self.path:
+            own = {"local": digest_of_directory(self.path, digests), "hash": digests.kind}
+        above |= {self._anonymous}
+        elsewhere = {
+            name: model._identity(digests, trust_remote_code, above)
+            for name, model in self._taken_from_elsewhere(trust_remote_code).items()
+            if model._anonymous not in above
         }
+        return {**own, "elsewhere": elsewhere} if elsewhere else own
+
+    @property
+    def _anonymous(self) -> ModelSpec:
+        return ModelSpec(name="" if self.path else self.name, path=self.path, revision=self.revision)
+
+    def _taken_from_elsewhere(self, trust_remote_code: bool) -> dict[str, ModelSpec]:
+        """Return what other models an engine reads when it loads this one, by what it reads of them."""
+        found = {}
+        adapter = self._read_json("adapter_config.json")
+        if isinstance(base := adapter.get("base_model_name_or_path"), str):
+            revision = adapter.get("revision")
+            found["base model"] = _named(base, revision if isinstance(revision, str) else None, "config.json")
+        classes = self._read_json("config.json").get("auto_map") if trust_remote_code else None
+        for name, reference in classes.items() if isinstance(classes, dict) else ():
+            if isinstance(reference, str) and "--" in reference:  # REPOSITORY--MODULE.CLASS
+                repository, _, code = reference.partition("--")
+                found[f"code of {name}"] = _named(repository, None, f"{code.partition('.')[0]}.py")
+        return found
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        """Return a JSON file of the model; nothing if it is not there or damaged, which is for the loader to say."""
+        try:
+            if self.path:
+                file = self.path / name
+            elif self.revision is None:  # it could not be pinned, so there is nothing to read
+                return {}
+            else:
+                from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+                cached = try_to_load_from_cache(self.name, name, revision=self.revision)
+                if cached is not None and not isinstance(cached, str):  # the hub said before that there is none
+                    return {}
+                file = Path(cached or hf_hub_download(self.name, name, revision=self.revision))
+            value = json.loads(file.read_bytes())
+        except (OSError, ValueError, RecursionError):  # the hub's errors are OSErrors
+            return {}
+        return value if isinstance(value, dict) else {}
 
 
 def is_capture(path: Path | None) -> bool:
@@ -115,8 +185,39 @@ def is_capture(path: Path | None) -> bool:
     return path is not None and any((path / name).is_file() for name in CAPTURE_FILES)
 
 
-def _hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
+def _require_one_kind(path: Path) -> None:
+    """Refuse a directory that is neither model nor capture, or could be both.
+
+    Raises:
+        ValueError: names what is there.
+
+    """
+    is_model = (path / "config.json").is_file()
+    if not is_model and not is_capture(path):
+        raise ValueError(f"{path} is neither a model directory (no config.json) nor a capture")
+    if is_model and is_capture(path):
+        both = next(name for name in CAPTURE_FILES if (path / name).is_file())
+        raise ValueError(
+            f"{path} could be a model or a capture: it holds config.json and {both}. Move the capture (capture.json, "
+            "*.safetensors with numbers for names, windows/) to a directory of its own, or the model; if "
+            f"{both} is a part of the model, rename it."
+        )
+
+
+def _named(name: str, revision: str | None, file: str) -> ModelSpec:
+    """Return the model that a config names, as its loader finds it; pinned if that can be done."""
+    if os.path.isdir(name):  # noqa: PTH112 - any text may stand there
+        return ModelSpec(name=name, path=Path(name).resolve())
+    model = ModelSpec(name=name, revision=revision)
+    try:
+        return model.pin(file)
+    except ModelError:
+        return model
+
+
+def _shown(text: str) -> str:
+    """Return a text as a message shows it: escaped, and cut if it is very long."""
+    return repr(text if len(text) <= 300 else f"{text[:100]}…{text[-100:]}")
 
 
 def _first_line(error: Exception) -> str:

@@ -33,6 +33,7 @@ GOOD: dict[str, tuple[str, Any]] = {
     "inconclusive": ("skip", "skip"),
     "head": ("native", "native"),
     "cache_size": ("1.5 GB", 1_500_000_000),
+    "hash": ("full", "full"),
     "refresh": ("true", True),
 }
 """For each option that takes no path and no model: a text and what it means."""
@@ -55,6 +56,7 @@ BAD = [
     ("device", "tpu", "expected auto, cpu, cuda or cuda:N, got 'tpu'"),
     ("store", "disk", "expected one of auto, hidden, logits, logprobs, got 'disk'"),
     ("head", "wrong", "expected one of exact, native, got 'wrong'"),
+    ("hash", "none", "expected one of sample, full, got 'none'"),
     ("ref", "./nowhere", "it is no hub id (ORG/NAME[@REVISION])"),
     ("candidate", "a/b@", "it is no hub id (ORG/NAME[@REVISION])"),
     ("tokenizer", "", "is neither a model directory (no config.json) nor a capture"),

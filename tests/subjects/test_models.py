@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from pytest_kld.errors import ModelError
+from pytest_kld.subjects.digests import FileDigests
 from pytest_kld.subjects.model import ModelSpec, is_capture
 
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
@@ -78,7 +78,7 @@ def test_a_capture_is_known_by_its_first_file(name: str, tmp_path: Path) -> None
 def test_a_hub_id_is_pinned_to_its_commit_offline(revision: str | None, commit: str, hub: Path) -> None:
     pinned = ModelSpec(name="org/name", revision=revision).pin()
     assert pinned.revision == commit * 40
-    assert pinned.identity() == {"hub": "org/name", "commit": commit * 40}
+    assert pinned.identity(FileDigests()) == {"hub": "org/name", "commit": commit * 40}
     assert pinned.pin() == pinned
 
 
@@ -89,18 +89,53 @@ def test_a_model_that_is_not_there_is_an_error(name: str, revision: str | None, 
         spec.pin()
 
 
-def test_identity_of_a_directory_changes_with_its_files_and_not_with_its_place(tmp_path: Path) -> None:
+def test_a_hub_adapter_is_its_commit_and_its_bases(hub: Path) -> None:
+    snapshot = hub / "models--org--name" / "snapshots" / COMMITS["v2"]
+    (snapshot / "adapter_config.json").write_text('{"base_model_name_or_path": "org/name", "revision": "main"}')
+    (snapshot / "config.json").write_text('{"auto_map": {"AutoModel": "org/code--own.Model"}}')
+    pinned = ModelSpec(name="org/name", revision="v2").pin()
+    base = {"base model": {"hub": "org/name", "commit": COMMITS["main"]}}
+    assert pinned.identity(FileDigests()) == {"hub": "org/name", "commit": COMMITS["v2"], "elsewhere": base}
+    code = hub / "models--org--code" / "snapshots" / ("c" * 40)
+    code.mkdir(parents=True)
+    (code / "own.py").write_text("")
+    (hub / "models--org--code" / "refs").mkdir()
+    (hub / "models--org--code" / "refs" / "main").write_text("c" * 40)
+    trusted = pinned.identity(FileDigests(), trust_remote_code=True)
+    assert trusted["elsewhere"]["code of AutoModel"] == {"hub": "org/code", "commit": "c" * 40}
+
+
+@pytest.mark.parametrize("name", ["capture.json", "0.safetensors"])
+def test_a_model_directory_that_also_holds_a_capture_is_refused(name: str, tmp_path: Path) -> None:
     path = model_dir(tmp_path / "model")
-    first = ModelSpec(name="m", path=path).identity()
-    path.rename(tmp_path / "moved")
-    path = tmp_path / "moved"
-    (path / ".cache" / "lock").write_text("")
-    assert ModelSpec(name="another name", path=path).identity() == first
-    weights = path / "model.safetensors"
-    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
-    touched = ModelSpec(name="m", path=path).identity()
-    weights.write_bytes(b"123456789")
-    longer = ModelSpec(name="m", path=path).identity()
-    weights.rename(path / "other.safetensors")
-    renamed = ModelSpec(name="m", path=path).identity()
-    assert len({str(identity) for identity in (first, touched, longer, renamed)}) == 4
+    (path / name).write_text("")
+    with pytest.raises(
+        ValueError, match=rf"model could be a model or a capture: it holds config\.json and {name}\. Move"
+    ):
+        ModelSpec.parse("model", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("m" * 10_000, "File name too long"),
+        ("m/" * 10_000, "File name too long"),
+        ("a\0b", "null"),
+        ("\udcff", "not valid UTF-8"),
+        ("org/na\ud800me", "not valid UTF-8"),
+        ("~nobody-of-this-name/model", "home directory"),
+    ],
+)
+def test_what_no_file_can_be_called_is_refused_in_a_short_message(text: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=reason) as raised:
+        ModelSpec.parse(text, tmp_path)
+    assert type(raised.value) is ValueError
+    assert len(str(raised.value)) < 1_000
+    str(raised.value).encode()
+
+
+def test_control_characters_are_shown_escaped(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no directory") as raised:
+        ModelSpec.parse("a/b/\x1b[31mc\n", tmp_path)
+    assert "\\x1b[31mc\\n" in str(raised.value)
+    assert "\x1b" not in str(raised.value)
