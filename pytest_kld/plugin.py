@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from pytest_kld.gate.figure import explain_comparison
 from pytest_kld.session.collection import (
     MARKER,
     add_builtin_gate,
@@ -96,4 +95,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
     """Explain a failed comparison of a figure with a number."""
+    from pytest_kld.gate.figure import explain_comparison
+
     return explain_comparison(op, left, right)

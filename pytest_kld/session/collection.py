@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_kld.gate.limits import LIMITS, parse_marker
-from pytest_kld.session import builtin_gate
 from pytest_kld.session.config import CONFIG
 from pytest_kld.session.fixtures import is_gated
-from pytest_kld.session.subjects import candidate_of, candidates_of
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -52,6 +50,10 @@ def request_fixture_of_marked(collector: pytest.Module | pytest.Class, name: str
 def parametrize_candidates(metafunc: pytest.Metafunc) -> None:
     """Run a test that needs candidates once for each, and for each MoE backend, unless it brings its own."""
     config = metafunc.config.stash[CONFIG]
+    if not config.candidate and not config.moe_backend:
+        return
+    from pytest_kld.session.subjects import candidates_of
+
     for fixture, values in (("kld_candidate", candidates_of(config)), ("kld_moe_backend", config.moe_backend)):
         if not values or fixture not in metafunc.fixturenames:
             continue  # no candidates would mean a skip to pytest; the fixture makes it an error
@@ -77,6 +79,8 @@ def add_builtin_gate(session: pytest.Session, items: list[pytest.Item]) -> None:
         if config.ref is None:
             _refuse(session, "--kld-candidate needs a reference to be compared with: give --kld-ref=MODEL")
             return
+        from pytest_kld.session import builtin_gate
+
         module = BuiltinGate.from_parent(session, path=Path(builtin_gate.__file__), nodeid="kld")
         items.extend(session.genitems(module))
     elif config.given_limits:
@@ -91,6 +95,8 @@ def _refuse_unmeasured(session: pytest.Session, config: KLDConfig, gated: list[p
     """Refuse candidates on the command line that no test measures: the session would pass without them."""
     if not config.given_candidates:
         return
+    from pytest_kld.session.subjects import candidate_of, candidates_of
+
     measured = [candidate_of(item).model for item in gated]
     if None in measured:  # a fixture of the project's own decides, and may well use them
         return
@@ -137,6 +143,8 @@ class BuiltinGate(pytest.Module):
 
     def _getobj(self) -> ModuleType:
         """Return the module, which need not be imported from a path as a user's own test is."""
+        from pytest_kld.session import builtin_gate
+
         return builtin_gate
 
     def istestfunction(self, obj: object, name: str) -> bool:  # noqa: ARG002

@@ -80,7 +80,7 @@ def read(gate: Gate, tmp_path: Path) -> Any:
             import json, pathlib
             def test_gate(kld): pass
             def test_config(kld_config):
-                values = {{name: getattr(kld_config, name) for name in kld_config.__slots__}}
+                values = {{name: getattr(kld_config, name) for name in (*kld_config.__slots__, "cache_dir")}}
                 for name in ("ref", "tokenizer"):
                     values[name] = values[name] and values[name].label
                 values["candidate"] = [model.label for model in values["candidate"]]
