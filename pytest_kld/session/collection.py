@@ -22,6 +22,9 @@ MARKER = (
     f"kld({', '.join(LIMITS)}): gate the test on KL(reference || candidate); limits in nats are checked after its body"
 )
 
+_DUPLICATE: type[Exception] = pytest.Collector.CollectError if pytest.version_tuple >= (8, 4) else ValueError
+"""What `Metafunc.parametrize` raises if the fixture is parametrized already."""
+
 
 def request_fixture_of_marked(collector: pytest.Module | pytest.Class, name: str, obj: object) -> None:
     """Give a marked test function the gate's fixture, whatever else it uses.
@@ -58,7 +61,7 @@ def parametrize_candidates(metafunc: pytest.Metafunc) -> None:
         if not values or fixture not in metafunc.fixturenames:
             continue  # no candidates would mean a skip to pytest; the fixture makes it an error
         # A test's own parametrization, or that of a fixture that overrides ours, is there by now: a second is refused.
-        with suppress(pytest.Collector.CollectError):
+        with suppress(_DUPLICATE):
             metafunc.parametrize(fixture, values, indirect=True, scope="session", ids=_id)
 
 

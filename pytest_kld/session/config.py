@@ -97,6 +97,9 @@ class KLDConfig:
 _TUPLES = {option.name for option in OPTIONS if option.repeatable} | {"ref_args", "candidate_args"}
 """Settings that are empty, not None, where nobody gives them."""
 
+_INI_VALUE: Any = str | int | float if pytest.version_tuple >= (9, 2) else "string"
+"""Numbers too, so that native TOML may say `kld_max_mean = 0.05`; older pytests know one type a key."""
+
 CONFIG = pytest.StashKey[KLDConfig]()
 
 
@@ -114,7 +117,7 @@ def add_options(parser: pytest.Parser) -> None:
             if option.repeatable:
                 parser.addini(option.ini, text, type="linelist", default=None)
             else:
-                parser.addini(option.ini, text, type=str | int | float, default=None)
+                parser.addini(option.ini, text, type=_INI_VALUE, default=None)
 
 
 def build_config(config: pytest.Config) -> KLDConfig:
