@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from pytest_kld.session.collection import (
     MARKER,
     add_builtin_gate,
+    builtin_gate_at,
     mark_gated,
     parametrize_candidates,
     refuse_idle_markers,
@@ -53,6 +55,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> str | None:
     """Say what will be measured with what."""
     return header(config.stash[CONFIG])
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Collect the built-in gate at its address."""
+    return builtin_gate_at(module_path, parent)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -65,6 +65,15 @@ def parametrize_candidates(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(fixture, values, indirect=True, scope="session", ids=_id)
 
 
+def builtin_gate_at(path: Path, parent: pytest.Collector) -> BuiltinGate | None:
+    """Return the built-in gate if pytest was pointed at its module: `pytest --pyargs pytest_kld.gate_only`."""
+    if path.name != "gate_only.py":
+        return None
+    from pytest_kld import gate_only
+
+    return _builtin_gate(parent.session) if path.samefile(gate_only.__file__) else None
+
+
 def add_builtin_gate(session: pytest.Session, items: list[pytest.Item]) -> None:
     """Add the built-in gate where nobody wrote a test for the candidates.
 
@@ -76,22 +85,39 @@ def add_builtin_gate(session: pytest.Session, items: list[pytest.Item]) -> None:
     """
     config = session.config.stash[CONFIG]
     if gated := [item for item in items if is_gated(item)]:
+        _refuse_gate_without_models(session, config, gated)
         _refuse_unmeasured(session, config, gated)
         return
     if config.given_candidates or (config.candidate and not items):
         if config.ref is None:
             _refuse(session, "--kld-candidate needs a reference to be compared with: give --kld-ref=MODEL")
             return
-        from pytest_kld.session import builtin_gate
-
-        module = BuiltinGate.from_parent(session, path=Path(builtin_gate.__file__), nodeid="kld")
-        items.extend(session.genitems(module))
+        items.extend(session.genitems(_builtin_gate(session)))
     elif config.given_limits:
         _refuse(
             session,
             f"{config.given_limits[0]} is given and there is nothing to gate: give --kld-ref=MODEL and "
             "--kld-candidate=MODEL, or collect a test that uses the kld marker or fixture",
         )
+
+
+def _refuse_gate_without_models(session: pytest.Session, config: KLDConfig, gated: list[pytest.Item]) -> None:
+    """Refuse the built-in gate, which was asked for by its address, if nobody says what it should compare."""
+    builtin = [item for item in gated if isinstance(item.parent, BuiltinGate)]
+    if not builtin:
+        return
+    from pytest_kld.session.subjects import is_overridden
+
+    missing = [
+        option
+        for option, given, fixture in (
+            ("--kld-ref=MODEL", config.ref, "kld_reference"),
+            ("--kld-candidate=MODEL", config.candidate, "kld_candidate"),
+        )
+        if not given and not is_overridden(builtin[0], fixture)
+    ]
+    if missing:
+        _refuse(session, f"pytest_kld.gate_only has nothing to gate: give {' and '.join(missing)}")
 
 
 def _refuse_unmeasured(session: pytest.Session, config: KLDConfig, gated: list[pytest.Item]) -> None:
@@ -146,13 +172,21 @@ class BuiltinGate(pytest.Module):
 
     def _getobj(self) -> ModuleType:
         """Return the module, which need not be imported from a path as a user's own test is."""
-        from pytest_kld.session import builtin_gate
+        from pytest_kld import gate_only
 
-        return builtin_gate
+        return gate_only
 
     def istestfunction(self, obj: object, name: str) -> bool:  # noqa: ARG002
         """Accept the one function that is meant."""
         return name == "test_kld"
+
+
+def _builtin_gate(session: pytest.Session) -> BuiltinGate:
+    from pytest_kld import gate_only
+
+    # Its parent is the session and its id is `kld`, wherever the package is installed.
+    gate: BuiltinGate = BuiltinGate.from_parent(session, path=Path(gate_only.__file__), nodeid="kld")
+    return gate
 
 
 def _refuse(session: pytest.Session, message: str) -> None:
