@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pytest_kld.gate.figure import explain_comparison
 from pytest_kld.session.collection import (
     MARKER,
     add_builtin_gate,
+    builtin_gate_at,
     mark_gated,
     parametrize_candidates,
     refuse_idle_markers,
@@ -56,6 +57,11 @@ def pytest_report_header(config: pytest.Config) -> str | None:
     return header(config.stash[CONFIG])
 
 
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Collect the built-in gate at its address."""
+    return builtin_gate_at(module_path, parent)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pycollect_makeitem(collector: pytest.Module | pytest.Class, name: str, obj: object) -> None:
     """Give marked tests the fixture; check the markers' arguments."""
@@ -96,4 +102,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
     """Explain a failed comparison of a figure with a number."""
+    from pytest_kld.gate.figure import explain_comparison
+
     return explain_comparison(op, left, right)

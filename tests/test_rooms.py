@@ -27,6 +27,7 @@ ROOMS = (
     "gate",  # limits, verdicts, results
     "diagnosis",  # figures to known faults
     "report",  # results to terminal, JUnit, JSON, HTML
+    "gate_only",  # the built-in gate, a module that pytest can be pointed at
     "session",  # the pytest side
     "command",  # the console command
     "plugin",  # pytest's hooks

@@ -25,7 +25,7 @@ class TerminalProgress:
 
     def __init__(self, config: pytest.Config) -> None:
         """Find the terminal, if there is one."""
-        quiet = config.get_verbosity() < 0
+        quiet = config.getoption("verbose", 0) < 0  # no option without pytest's terminal plugin
         self._reporter: Any = None if quiet else config.pluginmanager.getplugin("terminalreporter")
         self._capturing: Any = config.pluginmanager.getplugin("capturemanager")
 

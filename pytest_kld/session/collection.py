@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_kld.gate.limits import LIMITS, parse_marker
-from pytest_kld.session import builtin_gate
 from pytest_kld.session.config import CONFIG
 from pytest_kld.session.fixtures import is_gated
-from pytest_kld.session.subjects import candidate_of, candidates_of
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -23,6 +21,9 @@ if TYPE_CHECKING:
 MARKER = (
     f"kld({', '.join(LIMITS)}): gate the test on KL(reference || candidate); limits in nats are checked after its body"
 )
+
+_DUPLICATE: type[Exception] = pytest.Collector.CollectError if pytest.version_tuple >= (8, 4) else ValueError
+"""What `Metafunc.parametrize` raises if the fixture is parametrized already."""
 
 
 def request_fixture_of_marked(collector: pytest.Module | pytest.Class, name: str, obj: object) -> None:
@@ -52,12 +53,25 @@ def request_fixture_of_marked(collector: pytest.Module | pytest.Class, name: str
 def parametrize_candidates(metafunc: pytest.Metafunc) -> None:
     """Run a test that needs candidates once for each, and for each MoE backend, unless it brings its own."""
     config = metafunc.config.stash[CONFIG]
+    if not config.candidate and not config.moe_backend:
+        return
+    from pytest_kld.session.subjects import candidates_of
+
     for fixture, values in (("kld_candidate", candidates_of(config)), ("kld_moe_backend", config.moe_backend)):
         if not values or fixture not in metafunc.fixturenames:
             continue  # no candidates would mean a skip to pytest; the fixture makes it an error
         # A test's own parametrization, or that of a fixture that overrides ours, is there by now: a second is refused.
-        with suppress(pytest.Collector.CollectError):
+        with suppress(_DUPLICATE):
             metafunc.parametrize(fixture, values, indirect=True, scope="session", ids=_id)
+
+
+def builtin_gate_at(path: Path, parent: pytest.Collector) -> BuiltinGate | None:
+    """Return the built-in gate if pytest was pointed at its module: `pytest --pyargs pytest_kld.gate_only`."""
+    if path.name != "gate_only.py":
+        return None
+    from pytest_kld import gate_only
+
+    return _builtin_gate(parent.session) if path.samefile(gate_only.__file__) else None
 
 
 def add_builtin_gate(session: pytest.Session, items: list[pytest.Item]) -> None:
@@ -71,14 +85,14 @@ def add_builtin_gate(session: pytest.Session, items: list[pytest.Item]) -> None:
     """
     config = session.config.stash[CONFIG]
     if gated := [item for item in items if is_gated(item)]:
+        _refuse_gate_without_models(session, config, gated)
         _refuse_unmeasured(session, config, gated)
         return
     if config.given_candidates or (config.candidate and not items):
         if config.ref is None:
             _refuse(session, "--kld-candidate needs a reference to be compared with: give --kld-ref=MODEL")
             return
-        module = BuiltinGate.from_parent(session, path=Path(builtin_gate.__file__), nodeid="kld")
-        items.extend(session.genitems(module))
+        items.extend(session.genitems(_builtin_gate(session)))
     elif config.given_limits:
         _refuse(
             session,
@@ -87,10 +101,31 @@ def add_builtin_gate(session: pytest.Session, items: list[pytest.Item]) -> None:
         )
 
 
+def _refuse_gate_without_models(session: pytest.Session, config: KLDConfig, gated: list[pytest.Item]) -> None:
+    """Refuse the built-in gate, which was asked for by its address, if nobody says what it should compare."""
+    builtin = [item for item in gated if isinstance(item.parent, BuiltinGate)]
+    if not builtin:
+        return
+    from pytest_kld.session.subjects import is_overridden
+
+    missing = [
+        option
+        for option, given, fixture in (
+            ("--kld-ref=MODEL", config.ref, "kld_reference"),
+            ("--kld-candidate=MODEL", config.candidate, "kld_candidate"),
+        )
+        if not given and not is_overridden(builtin[0], fixture)
+    ]
+    if missing:
+        _refuse(session, f"pytest_kld.gate_only has nothing to gate: give {' and '.join(missing)}")
+
+
 def _refuse_unmeasured(session: pytest.Session, config: KLDConfig, gated: list[pytest.Item]) -> None:
     """Refuse candidates on the command line that no test measures: the session would pass without them."""
     if not config.given_candidates:
         return
+    from pytest_kld.session.subjects import candidate_of, candidates_of
+
     measured = [candidate_of(item).model for item in gated]
     if None in measured:  # a fixture of the project's own decides, and may well use them
         return
@@ -137,11 +172,21 @@ class BuiltinGate(pytest.Module):
 
     def _getobj(self) -> ModuleType:
         """Return the module, which need not be imported from a path as a user's own test is."""
-        return builtin_gate
+        from pytest_kld import gate_only
+
+        return gate_only
 
     def istestfunction(self, obj: object, name: str) -> bool:  # noqa: ARG002
         """Accept the one function that is meant."""
         return name == "test_kld"
+
+
+def _builtin_gate(session: pytest.Session) -> BuiltinGate:
+    from pytest_kld import gate_only
+
+    # Its parent is the session and its id is `kld`, wherever the package is installed.
+    gate: BuiltinGate = BuiltinGate.from_parent(session, path=Path(gate_only.__file__), nodeid="kld")
+    return gate
 
 
 def _refuse(session: pytest.Session, message: str) -> None:

@@ -11,13 +11,13 @@ import pytest
 
 from pytest_kld.gate.limits import DEFAULT_BOUNDS, LIMITS, merge_bounds
 from pytest_kld.session.options import OPTIONS, Option
-from pytest_kld.subjects.model import ModelSpec
 
 if TYPE_CHECKING:
     from pytest_kld.captures.capture import Store
     from pytest_kld.gate.result import Inconclusive
     from pytest_kld.kernel.head import HeadMode
     from pytest_kld.subjects.digests import Hash
+    from pytest_kld.subjects.model import ModelSpec
 
 Metrics = Literal["core", "all"]
 
@@ -36,6 +36,7 @@ class KLDConfig:
         inconclusive: outcome of a test that the intervals leave undecided.
         bounds: limits by name, command line over ini over default.
         given_limits: options of limits that stand on the command line.
+        given_cache_dir: what --kld-cache-dir says; `cache_dir` is where the cache is.
         given_candidates: whether candidates stand on the command line.
         base: the directory in which pytest was called.
         started: when the session began, in seconds since the epoch; what is older gives way to --kld-refresh.
@@ -72,7 +73,7 @@ class KLDConfig:
     startup_timeout: int
     store: Store
     head: HeadMode
-    cache_dir: Path
+    given_cache_dir: Path | None
     cache_size: int | None
     hash: Hash
     refresh: bool
@@ -85,9 +86,21 @@ class KLDConfig:
     base: Path
     started: float
 
+    @property
+    def cache_dir(self) -> Path:
+        """Return the directory of the cache: the given one, else `pytest-kld` in the user's cache directory."""
+        if self.given_cache_dir is not None:
+            return self.given_cache_dir
+        from platformdirs import user_cache_path
+
+        return user_cache_path("pytest-kld")
+
 
 _TUPLES = {option.name for option in OPTIONS if option.repeatable} | {"ref_args", "candidate_args"}
 """Settings that are empty, not None, where nobody gives them."""
+
+_INI_VALUE: Any = str | int | float if pytest.version_tuple >= (9, 2) else "string"
+"""Numbers too, so that native TOML may say `kld_max_mean = 0.05`; older pytests know one type a key."""
 
 CONFIG = pytest.StashKey[KLDConfig]()
 
@@ -105,8 +118,8 @@ def add_options(parser: pytest.Parser) -> None:
             group.addoption(option.option, action=action, default=None, metavar=option.metavar, help=text)
             if option.repeatable:
                 parser.addini(option.ini, text, type="linelist", default=None)
-            else:  # numbers too, so that native TOML may say kld_max_mean = 0.05
-                parser.addini(option.ini, text, type=str | int | float, default=None)
+            else:
+                parser.addini(option.ini, text, type=_INI_VALUE, default=None)
 
 
 def build_config(config: pytest.Config) -> KLDConfig:
@@ -146,7 +159,7 @@ def build_config(config: pytest.Config) -> KLDConfig:
     values["trust_remote_code"] = bool(values["trust_remote_code"])
     values["refresh"] = bool(values["refresh"])
     values["each_dataset"] = bool(values["each_dataset"])
-    values["cache_dir"] = values["cache_dir"] or _default_cache_dir()
+    values["given_cache_dir"] = values.pop("cache_dir")
     values["windows"], values["adaptive"] = values["windows"]
     if values["adaptive"] and len(values["dataset"]) > 1:
         raise pytest.UsageError(
@@ -191,9 +204,3 @@ def _check_servers(values: dict[str, Any]) -> None:
             "--kld-ref-url and --kld-candidate-url need --kld-capture-dir: the directory that the server's environment "
             "variable PYTEST_KLD_CAPTURE_DIR names, as this machine sees it"
         )
-
-
-def _default_cache_dir() -> Path:
-    from platformdirs import user_cache_path
-
-    return user_cache_path("pytest-kld")

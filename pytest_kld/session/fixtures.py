@@ -12,17 +12,15 @@ import pytest
 
 from pytest_kld.errors import KLDError, ModelError
 from pytest_kld.gate.limits import merge_bounds, needs_extended, parse_marker
-from pytest_kld.report.terminal import TerminalProgress
 from pytest_kld.session.config import CONFIG, KLDConfig
-from pytest_kld.session.kld import KLD
-from pytest_kld.session.subjects import Overrides, Role, candidate_of, candidates_of, find_subject, reference_of
-from pytest_kld.subjects.subject import MOE_BACKEND
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # imported by the fixtures that need them: a session without a gate does not pay for them
     from pytest_kld.captures.capture import Capture
     from pytest_kld.engines.sglang.pool import ServerHandle
     from pytest_kld.figures.scores import Scores
+    from pytest_kld.session.kld import KLD
     from pytest_kld.session.measurement import Measurement
+    from pytest_kld.session.subjects import Overrides, Role
     from pytest_kld.subjects.subject import Subject
     from pytest_kld.text.windows import Windows
 
@@ -111,6 +109,7 @@ def kld_moe_backend(request: pytest.FixtureRequest) -> str | None:
 @pytest.fixture(scope="session")
 def _kld_measurement(kld_config: KLDConfig, request: pytest.FixtureRequest) -> Iterator[Measurement]:
     with _measuring():
+        from pytest_kld.report.terminal import TerminalProgress
         from pytest_kld.session.measurement import Measurement
 
         measurement = Measurement(kld_config, TerminalProgress(request.config))
@@ -125,6 +124,8 @@ def _kld_overrides(
     kld_server_args: Mapping[str, Sequence[str]],
     kld_server_env: Mapping[str, Mapping[str, str]],
 ) -> Overrides:
+    from pytest_kld.session.subjects import Overrides
+
     return Overrides(
         loading={"reference": kld_reference_args, "candidate": kld_candidate_args},
         server_args=kld_server_args,
@@ -142,6 +143,8 @@ def kld_server(
     reference; by default the candidates') and `moe_backend`. A server is shut down when another needs its GPUs,
     before a comparison, and at the end; call the function again for a running one.
     """
+    from pytest_kld.session.subjects import find_subject
+    from pytest_kld.subjects.subject import MOE_BACKEND
 
     def serve(model: str, *, role: Role = "candidate", moe_backend: str | None = None) -> ServerHandle:
         with _measuring():
@@ -167,6 +170,8 @@ def kld_reference(
     _kld_overrides: Overrides,
 ) -> Capture:
     """The reference's capture, from the cache or made now."""
+    from pytest_kld.session.subjects import reference_of
+
     with _measuring():
         if kld_config.ref is None:
             raise ModelError("there is no reference: give --kld-ref=MODEL, or kld_ref in the ini file")
@@ -189,6 +194,9 @@ def kld_candidate(
     Parametrized over `--kld-candidate`; a test's own
     `@pytest.mark.parametrize("kld_candidate", ["MODEL", …], indirect=True)` takes the place of that.
     """
+    from pytest_kld.session.subjects import find_subject
+    from pytest_kld.subjects.subject import MOE_BACKEND
+
     with _measuring():
         named = getattr(request, "param", None)
         if named is None:
@@ -201,6 +209,8 @@ def kld_candidate(
 
 def _only_candidate(config: KLDConfig) -> Subject:
     """Return the candidate of a test that pytest could not run once for each: it asked for the fixture as it ran."""
+    from pytest_kld.session.subjects import candidates_of
+
     candidates = candidates_of(config)
     if not candidates:
         raise ModelError("there is no candidate: give --kld-candidate=MODEL, or kld_candidate in the ini file")
@@ -227,6 +237,8 @@ def _kld_gate(
     It is apart from `kld`, so that a project's own fixture of that name does not switch the gate off.
     """
     from pytest_kld.diagnosis import diagnose
+    from pytest_kld.session.kld import KLD
+    from pytest_kld.session.subjects import candidate_of, reference_of
 
     with _measuring():
         if isinstance(kld_candidate, str):
@@ -303,5 +315,7 @@ def _require_used(request: pytest.FixtureRequest, used: Overrides) -> None:
 
 def bounds_of(item: pytest.Item, config: KLDConfig) -> dict[str, float]:
     """Return a test's limits: each from the closest marker that names it, else its Subject, options, ini, default."""
+    from pytest_kld.session.subjects import candidate_of
+
     markers = [parse_marker(mark.args, mark.kwargs) for mark in item.iter_markers("kld")]
     return merge_bounds(*markers, dict(candidate_of(item).limits), dict(config.bounds))

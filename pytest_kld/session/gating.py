@@ -7,20 +7,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_kld.errors import CacheError
-from pytest_kld.gate.result import GateResult, Outcome, checks_of
-from pytest_kld.gate.verdict import Verdict
-from pytest_kld.report import terminal
-from pytest_kld.report.diagnosis import diagnosis_lines
 from pytest_kld.session.config import CONFIG
 from pytest_kld.session.fixtures import GATE, bounds_of
-from pytest_kld.session.subjects import candidate_of, candidates_of, reference_of
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # imported by what needs them: a session without a gate does not pay for them
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from _pytest.terminal import TerminalReporter
 
+    from pytest_kld.gate.result import GateResult, Outcome
+    from pytest_kld.gate.verdict import Verdict
     from pytest_kld.session.kld import KLD
 
 _SETUP_SECONDS = pytest.StashKey[float]()
@@ -88,10 +85,15 @@ def attach_result(item: pytest.Item, report: pytest.TestReport) -> None:
     if kld is not None and result.body_passed is False and not (verdict := kld.verdict()).passed:
         report.sections.append(("kld", explain(kld, verdict)))
     if result.outcome == "failed" and result.diagnosis:
+        from pytest_kld.report.diagnosis import diagnosis_lines
+
         report.sections.append(("kld diagnosis", "\n".join(diagnosis_lines(result.diagnosis))))
 
 
 def _result(item: pytest.Item, report: pytest.TestReport, kld: KLD | None) -> GateResult:
+    from pytest_kld.gate.result import GateResult, checks_of
+    from pytest_kld.session.subjects import candidate_of, reference_of
+
     config = item.config.stash[CONFIG]
     verdict = kld.verdict() if kld else None
     called, xfail = report.when == "call", hasattr(report, "wasxfail")
@@ -136,6 +138,8 @@ class Results:
         """Keep the result of each test; of a test that was run again, the last."""
         data: dict[str, Any] | None = getattr(report, "kld", None)
         if data is not None:
+            from pytest_kld.gate.result import GateResult
+
             result = GateResult.from_json(data)
             self._by_test[result.nodeid] = result
         elif report.when == _CRASH and (lost := self._lost(report)):
@@ -159,6 +163,8 @@ class Results:
             terminalreporter.write_line(f"ERROR: {complaint}", red=True)
         if not results:
             return
+        from pytest_kld.report import terminal
+
         terminalreporter.section("KLD")
         for line in (*terminal.table(results), *terminal.notes(results)):
             terminalreporter.write_line(line)
@@ -183,6 +189,9 @@ class Results:
 
     def _lost(self, report: pytest.TestReport) -> GateResult | None:
         """Return the result of a test that took its process with it, if its name tells that it was gated."""
+        from pytest_kld.gate.result import GateResult
+        from pytest_kld.session.subjects import candidates_of, reference_of
+
         config = self._config.stash[CONFIG]
         parameters = report.nodeid.partition("[")[2]
         named = [subject for subject in candidates_of(config) if subject.id in parameters]
@@ -198,6 +207,10 @@ class Results:
 
     def _results(self) -> list[GateResult]:
         """Return the results in the order in which the candidates were named, however workers finished."""
+        if not self._by_test:
+            return []
+        from pytest_kld.session.subjects import candidates_of
+
         names = [subject.name for subject in candidates_of(self._config.stash[CONFIG])]
 
         def rank(result: GateResult) -> int:

@@ -8,13 +8,13 @@ import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pytest_kld.engines.sglang.arguments import check_arguments, parse_command
 from pytest_kld.errors import ServerError
 from pytest_kld.gate.limits import LIMITS, Limit
-from pytest_kld.subjects.model import ModelSpec
-from pytest_kld.text.corpus import CORPUS_FILES
+
+if TYPE_CHECKING:  # imported by what parses: a session that gives no such option does not pay for them
+    from pytest_kld.subjects.model import ModelSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +70,10 @@ def _report(text: str, base: Path) -> Path:
 
 def _dataset(text: str, base: Path) -> str:
     """Keep names; give a file that an ini file names as the path from where pytest was called."""
+    if not Path(text).suffix:
+        return text
+    from pytest_kld.text.corpus import CORPUS_FILES
+
     if Path(text).suffix not in CORPUS_FILES or Path(text).expanduser().is_absolute():
         return text
     return os.path.relpath(base / text)
@@ -132,7 +136,21 @@ def _device(text: str, _: Path) -> str:
     return text
 
 
+def _model(text: str, base: Path) -> ModelSpec:
+    from pytest_kld.subjects.model import ModelSpec
+
+    return ModelSpec.parse(text, base)
+
+
+def _command(text: str, _: Path) -> tuple[str, ...]:
+    from pytest_kld.engines.sglang.arguments import parse_command
+
+    return parse_command(text)
+
+
 def _server_flags(text: str, _: Path) -> tuple[str, ...]:
+    from pytest_kld.engines.sglang.arguments import check_arguments
+
     flags = tuple(shlex.split(text))
     try:
         check_arguments(flags, text)
@@ -162,20 +180,20 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="ref",
         metavar="MODEL",
-        parse=ModelSpec.parse,
+        parse=_model,
         help="Reference model: a local directory, a hub id with optional @REVISION, or a capture directory.",
     ),
     Option(
         name="candidate",
         metavar="MODEL",
-        parse=ModelSpec.parse,
+        parse=_model,
         repeatable=True,
         help="Candidate model to gate against the reference, named in the same ways; repeatable.",
     ),
     Option(
         name="tokenizer",
         metavar="MODEL",
-        parse=ModelSpec.parse,
+        parse=_model,
         help="Model whose tokenizer cuts the text for both sides. Default: the reference's.",
     ),
     Option(
@@ -271,7 +289,7 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="sglang_command",
         metavar="COMMAND",
-        parse=lambda text, _: parse_command(text),
+        parse=_command,
         help="What starts SGLang, ending with `-m sglang.launch_server`: another interpreter, docker run, srun. "
         "Default: this interpreter.",
     ),

@@ -40,7 +40,7 @@ def candidate_of(item: pytest.Item) -> Subject:
     named = parameters.get("kld_candidate")
     if named is None and len(config.candidate) == 1 and "kld_candidate" not in getattr(item, "fixturenames", ()):
         named = candidates_of(config)[0]  # what `request.getfixturevalue("kld")` measures
-    if isinstance(named, str) and not _is_overridden(item):
+    if isinstance(named, str) and not is_overridden(item):
         try:
             named = find_subject(config, named)
         except ModelError:
@@ -51,9 +51,9 @@ def candidate_of(item: pytest.Item) -> Subject:
     return with_axes(named, {} if backend is None else {MOE_BACKEND: str(backend)})
 
 
-def _is_overridden(item: pytest.Item) -> bool:
-    """Tell whether a fixture of the project's own takes the place of `kld_candidate`, and its words need no model."""
-    definitions = item._fixtureinfo.name2fixturedefs.get("kld_candidate", ())  # type: ignore[attr-defined]
+def is_overridden(item: pytest.Item, fixture: str = "kld_candidate") -> bool:
+    """Tell whether a fixture of the project's own takes the place of one of ours, and its words need no model."""
+    definitions = item._fixtureinfo.name2fixturedefs.get(fixture, ())  # type: ignore[attr-defined]
     return bool(definitions) and definitions[-1].func.__module__.partition(".")[0] != "pytest_kld"
 
 

@@ -164,7 +164,7 @@ def test_collecting_computes_nothing_and_leaves_reports_alone(gate: Gate, tmp_pa
     report = tmp_path / "report.json"
     report.write_text("the last run's")
     result = gate("--collect-only", f"--kld-cache-dir={tmp_path / 'none'}", f"--kld-json={report}")
-    result.stdout.fnmatch_lines(["*<BuiltinGate builtin_gate.py>*", "*1 test collected*"])
+    result.stdout.fnmatch_lines(["*<BuiltinGate gate_only.py>*", "*1 test collected*"])
     assert not (tmp_path / "none").exists()
     assert report.read_text() == "the last run's"
 

@@ -126,8 +126,9 @@ def test_windows_can_be_overridden_and_both_sides_run_on_them(gate: Gate) -> Non
     gate().assert_outcomes(passed=1)
 
 
-def test_captures_can_be_overridden_with_ones_made_elsewhere(gate: Gate) -> None:
-    gate("--kld-json=report.json")
+def test_captures_can_be_overridden_with_ones_made_elsewhere(gate: Gate, tmp_path: Path) -> None:
+    cache = f"--kld-cache-dir={tmp_path}"  # other tests' captures of these models would be found in the common one
+    gate(cache, "--kld-json=report.json")
     gate.pytester.makeconftest(
         """
         import pytest
@@ -152,7 +153,7 @@ def test_captures_can_be_overridden_with_ones_made_elsewhere(gate: Gate) -> None
     gate.pytester.makepyfile(
         "def test_own(kld, kld_candidate): assert kld.scores.about['candidate']['digest'] == kld_candidate.digest"
     )
-    result = gate("--kld-json=own.json", candidates=())
+    result = gate(cache, "--kld-json=own.json", candidates=())
     result.assert_outcomes(passed=1)
     (own,), (usual,) = gate.results("own.json"), gate.results()
     assert own["figures"] == usual["figures"]
