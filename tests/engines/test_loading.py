@@ -256,6 +256,19 @@ def test_an_adapter_beside_the_weights_is_run(make_model: MakeModel, windows: Wi
     assert (logits - plain[..., : logits.shape[-1]]).abs().max() > 1e-2
 
 
+def test_an_adapter_on_a_quantized_base_is_run(make_model: MakeModel, windows: Windows, tmp_path: Path) -> None:
+    path = adapted(make_model("adapted-plain"))
+    base = tmp_path / "adapted-4bit"
+    quantized("bitsandbytes", make_model("adapted-base")).save_pretrained(base)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(path / name, base)
+    capture = record(base, windows, tmp_path / "cache")
+    assert capture.manifest["facts"]["quantization"] == "bitsandbytes"
+    change_weights(base, lambda weights: weights.update({f"{UP}_scale": torch.ones(1)}))
+    with pytest.raises(ModelError, match="no place for 1 tensors"):
+        record(base, windows, tmp_path / "cache-2")
+
+
 def test_an_adapter_without_its_library_is_refused(make_model: MakeModel) -> None:
     path = adapted(make_model("no-peft"))
     script = f"""
