@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import gc
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
 from pytest_kld.engines import ModelFacts, Prefill
-from pytest_kld.engines.checkpoint import facts_of, read_facts, versions
+from pytest_kld.engines.checkpoint import facts_of, read_config, versions
+from pytest_kld.engines.loading import has_adapter, load_network
+from pytest_kld.engines.quantized import require_supported
 from pytest_kld.errors import CaptureError, ModelError
-from pytest_kld.kernel.device import pick_device
+from pytest_kld.kernel.device import describe_device, pick_device
 from pytest_kld.kernel.head import Head
 from pytest_kld.subjects.subject import as_json
 
@@ -32,7 +32,22 @@ if TYPE_CHECKING:
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 """Config fields of a factor on the logits; some architectures multiply by theirs and some divide."""
 _SOFTCAP = "final_logit_softcapping"
-_QUANTIZERS = ("accelerate", "bitsandbytes", "compressed-tensors", "optimum-quanto", "torchao")
+_QUANTIZERS = ("bitsandbytes", "compressed-tensors", "gptqmodel", "hqq", "optimum-quanto", "torchao")
+_KERNELS = (
+    "accelerate",
+    "causal-conv1d",
+    "flash-attn",
+    "flash-linear-attention",
+    "kernels",
+    "mamba-ssm",
+    "peft",
+    "triton",
+)
+"""Packages that transformers uses by itself where they are installed: attention, recurrent layers, adapters."""
+_NOT_IN_KEY = {
+    "device",  # the key has what it is: `auto` and `cpu` may be the same
+}
+"""Settings of the engine that are left out of its fingerprint, and why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,20 +66,28 @@ class TransformersEngine:
     trust_remote_code: bool = False
 
     def facts(self, subject: Subject) -> ModelFacts:
-        """Read a model's facts from its config. See `Engine.facts`."""
-        return read_facts(
-            subject.spec, dtype=self.dtype, trust_remote_code=self.trust_remote_code, arguments=subject.arguments
-        )
+        """Read a model's facts from its config, and refuse what transformers would skip. See `Engine.facts`."""
+        model, arguments = subject.spec, subject.arguments
+        if model.path is None and "revision" in arguments:
+            raise ModelError(f"{model.label}: name the revision with the model (ORG/NAME@REVISION), not as an argument")
+        config = read_config(model, trust_remote_code=arguments.get("trust_remote_code", self.trust_remote_code))
+        where = str(model.path / "config.json") if model.path else f"the config.json of {model.label}"
+        require_supported(config, where, arguments)
+        has_adapter(model, arguments)
+        return facts_of(config, self._dtype_name(arguments), _quantization(arguments))
 
     def fingerprint(self, subject: Subject) -> dict[str, Any]:
-        """Return versions, dtype, device and arguments. See `Engine.fingerprint`."""
+        """Return versions, devices, every setting of this engine, and the arguments. See `Engine.fingerprint`."""
         device = pick_device(self.device)
+        spread = device.type == "cuda" and subject.arguments.get("device_map") is not None
+        devices = [torch.device("cuda", n) for n in range(torch.cuda.device_count())] if spread else [device]
         quantized = self.facts(subject).quantization is not None
+        settings = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _NOT_IN_KEY}
         return {
             "engine": "transformers",
-            "versions": versions("transformers", "torch", *(_QUANTIZERS if quantized else ())),
-            "dtype": self.dtype,
-            "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+            "versions": versions("transformers", "torch", *_KERNELS, *(_QUANTIZERS if quantized else ())),
+            "devices": [describe_device(one) for one in devices],
+            **{name: as_json(value) for name, value in settings.items()},
             "arguments": as_json(subject.arguments),
         }
 
@@ -72,9 +95,12 @@ class TransformersEngine:
     def open(self, subject: Subject) -> Iterator[LoadedTransformer]:
         """Load a model and free it at the end. See `Engine.open`."""
         device = pick_device(self.device)
+        quantization = self.facts(subject).quantization
         loaded = None
         try:
-            loaded = LoadedTransformer(self._load(subject.spec, subject.arguments, device), subject.label)
+            network = self._load(subject.spec, subject.arguments, device, quantization)
+            loaded = LoadedTransformer(network, subject.label, quantization)
+            del network
             yield loaded
         finally:
             if loaded is not None:
@@ -86,27 +112,19 @@ class TransformersEngine:
     def close(self) -> None:
         """Do nothing: models go when their context ends."""
 
-    def _load(self, model: ModelSpec, arguments: Mapping[str, Any], device: torch.device) -> PreTrainedModel:
+    def _load(
+        self, model: ModelSpec, arguments: Mapping[str, Any], device: torch.device, quantization: str | None
+    ) -> PreTrainedModel:
         dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         options = {"dtype": dtype, "trust_remote_code": self.trust_remote_code, **arguments}
-        if model.revision:
-            options["revision"] = model.revision
-        load: Any = AutoModelForCausalLM.from_pretrained
-        network: PreTrainedModel
-        try:
-            with _no_progress_bar():
-                network, info = load(model.source, output_loading_info=True, **options)
-        except Exception as error:  # loaders, quantizers and remote code raise whatever they like
-            raise ModelError(f"transformers cannot load {model.label}: {type(error).__name__}: {error}") from error
-        if lacking := [*info["missing_keys"], *info["mismatched_keys"]]:
-            raise ModelError(  # transformers only warns, and fills them with random numbers
-                f"{model.label}: the checkpoint lacks {len(lacking)} of the model's weights or has them in another "
-                f"shape, e.g. {lacking[0]}. It is incomplete, or transformers does not support its format."
-            )
-        if device.type != "cpu" and "device_map" not in options:
-            network.to(device)  # type: ignore[arg-type]
-        network.eval()
-        return network
+        return load_network(model, options, device, quantization)
+
+    def _dtype_name(self, arguments: Mapping[str, Any]) -> str | None:
+        """Return the dtype that the model is asked to be in; None is the config's own."""
+        dtype = arguments.get("torch_dtype") or arguments.get("dtype") or self.dtype
+        if not isinstance(dtype, str | torch.dtype) or dtype == "auto":
+            return None
+        return str(dtype).removeprefix("torch.")
 
 
 @dataclass(slots=True)
@@ -115,27 +133,37 @@ class LoadedTransformer:
 
     network: PreTrainedModel | None
     label: str
+    quantization: str | None
     _seen: list[Tensor] = field(default_factory=list)
 
     @property
     def facts(self) -> ModelFacts:
         """What the model turned out to be."""
         network = self._loaded
-        return facts_of(network.config, str(network.dtype).removeprefix("torch."), {})
+        facts = facts_of(network.config, str(network.dtype).removeprefix("torch."))
+        return replace(facts, quantization=self.quantization)  # dequantized weights have the quantized values
 
     @property
     def heads(self) -> list[Head]:
-        """What its head may be: a plain linear one, with each reading of the config's transforms."""
+        """What its head may be: a plain linear one, with each reading of the config's transforms.
+
+        Raises:
+            ModelError: its weight was offloaded and cannot be read back.
+
+        """
         module, config = self._loaded.get_output_embeddings(), self._loaded.config.get_text_config()
-        weight = getattr(module, "weight", None)
-        if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.dim() != 2:
+        if not isinstance(module, nn.Module):
             return []
+        with _brought_back(module, self.label):
+            weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+            if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.dim() != 2:
+                return []
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
         factors = [float(value) for name in _SCALES if (value := getattr(config, name, None))]
         scales = [*factors, *(1 / factor for factor in factors), 1.0]
         softcap = getattr(config, _SOFTCAP, None)
-        bias = getattr(module, "bias", None)
         return [
-            Head(weight=weight.detach(), bias=None if bias is None else bias.detach(), scale=scale, softcap=cap)
+            Head(weight=weight, bias=bias, scale=scale, softcap=cap)
             for cap, scale in product([softcap, None] if softcap else [None], scales)
         ]
 
@@ -146,20 +174,27 @@ class LoadedTransformer:
         head = network.get_output_embeddings()
         selected = None if rows is None else torch.tensor(rows)
         hook = _watch(head, self._seen, selected) if isinstance(head, nn.Module) else None
+        start, end = _device_of(network.get_input_embeddings()), _device_of(head)
         try:
             for index in indices:
                 self._seen.clear()
-                ids = torch.from_numpy(windows.token_ids[index]).long()[None].to(network.device)
+                ids = torch.from_numpy(windows.token_ids[index]).long()[None].to(start)
                 try:
                     logits = network(input_ids=ids, use_cache=False).logits[0]
                 except Exception as error:  # out of memory, kernels that are not there, remote code
+                    more = isinstance(error, torch.OutOfMemoryError)
+                    hint = " Give a smaller --kld-window-size or --kld-dtype, or a `device_map`." if more else ""
                     raise CaptureError(
-                        f"{self.label}, window {index}: the forward pass failed: {type(error).__name__}: {error}"
+                        f"{self.label}, window {index}: the forward pass failed: {type(error).__name__}: {error}{hint}"
                     ) from error
                 # A head that runs more than once (speculative layers) or not at all is not understood here.
                 hidden = self._seen[0] if len(self._seen) == 1 else None
                 if selected is not None and len(logits) == windows.size:
                     logits = logits[selected.to(logits.device)]
+                if selected is not None:
+                    # With `device_map` the hidden states come from the last layer's device, and the logits are
+                    # returned on the first one's; the check multiplies them where the head is.
+                    hidden, logits = None if hidden is None else hidden.to(end), logits.to(end)
                 yield Prefill(window=index, hidden=hidden, logits=logits)
         finally:
             self._seen.clear()
@@ -191,13 +226,29 @@ def _watch(head: nn.Module, seen: list[Tensor], rows: Tensor | None) -> Any:
     return head.register_forward_pre_hook(before)
 
 
+def _device_of(module: Any) -> torch.device:
+    """Return where a module's weight is; the CPU if it is offloaded: its inputs are moved when it runs."""
+    weight = getattr(module, "weight", None)
+    return weight.device if isinstance(weight, Tensor) and not weight.is_meta else torch.device("cpu")
+
+
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Silence transformers' own bar, which pytest would capture and show with a failure."""
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+def _brought_back(module: nn.Module, label: str) -> Iterator[None]:
+    """Have an offloaded module's tensors in the CPU's memory; one that is not offloaded stays as it is."""
+    if not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
         yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
+        return
+    from accelerate.utils import align_module_device, has_offloaded_params  # what offloaded it is there
+
+    if not has_offloaded_params(module):
+        raise ModelError(
+            f"{label}: the weight of its head is on the device `meta`, and accelerate does not hold it: put the head "
+            "on a real device with `device_map`, or give --kld-store=logits"
+        )
+    with align_module_device(module, torch.device("cpu")):
+        yield
+
+
+def _quantization(arguments: Mapping[str, Any]) -> Any:
+    """Return the quantization that arguments declare."""
+    return arguments.get("quantization_config") or ({"quant_method": "gguf"} if arguments.get("gguf_file") else None)

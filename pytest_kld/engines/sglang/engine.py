@@ -45,7 +45,7 @@ class SGLangEngine:
     def facts(self, subject: Subject) -> ModelFacts:
         """Read a model's facts from its config. See `Engine.facts`."""
         dtype = "bfloat16" if self.dtype == "auto" else self.dtype  # SGLang's choice is of 16 bits too
-        facts = read_facts(subject.spec, dtype=dtype, trust_remote_code=self.trust_remote_code, arguments={})
+        facts = read_facts(subject.spec, dtype=dtype, trust_remote_code=self.trust_remote_code)
         check_arguments(subject.arguments.get("args", ()), "SGLang's arguments")
         return facts
 

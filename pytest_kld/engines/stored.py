@@ -1,0 +1,113 @@
+"""What the files of a checkpoint hold, by their headers: names, dtypes and shapes of tensors. No weights are read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
+
+from pytest_kld.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pytest_kld.subjects.model import ModelSpec
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_WIDE = (*_FLOATS, "C64", "BOOL", "I64", "I32", "I16", "U64", "U32", "U16")
+"""What safetensors calls dtypes that say nothing of a quantization by themselves; all others have at most 8 bits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """A tensor in a file.
+
+    Attributes:
+        file: the file.
+        dtype: as safetensors calls it, e.g. `BF16`.
+        shape: its shape in the file.
+
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    def is_packed(self, name: str) -> bool:
+        """Tell whether these are no plain weights: at most 8 bits, or a weight of integers."""
+        return self.dtype not in _WIDE or (self.dtype not in _FLOATS and "weight" in name.rsplit(".", 1)[-1])
+
+
+def read_stored(model: ModelSpec, arguments: Mapping[str, Any]) -> dict[str, StoredTensor] | None:
+    """Return the tensors of a checkpoint by name; None if its format has no headers (`.bin`, GGUF).
+
+    Args:
+        model: the pinned model; one of the hub is in the hub's cache.
+        arguments: keyword arguments of `from_pretrained`; some choose other files.
+
+    Raises:
+        ModelError: the files contradict each other: an index that names what they do not hold, two checkpoints in one
+            directory, or a tensor with two values. Loaders differ in which of them they take.
+
+    """
+    directory = _directory_of(model, arguments)
+    if directory is None or arguments.get("gguf_file") or arguments.get("use_safetensors") is False:
+        return None
+    variant = f".{arguments['variant']}" if arguments.get("variant") else ""
+    single = directory / f"model{variant}.safetensors"
+    index = directory / f"model.safetensors.index{variant}.json"
+    if not index.is_file():
+        return _headers([single]) if single.is_file() else None
+    weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    shards = [directory / name for name in sorted(set(weight_map.values()))]
+    if single.is_file() and single not in shards:
+        raise ModelError(
+            f"{directory} holds two checkpoints, {single.name} and the shards of {index.name}: which one is loaded "
+            "depends on the loader. Remove one of them."
+        )
+    if absent := [shard.name for shard in shards if not shard.is_file()]:
+        raise ModelError(f"{index} names {len(absent)} files that are not there, e.g. {absent[0]}. Get them again.")
+    stored = _headers(shards)
+    if lacking := sorted(weight_map.keys() - stored.keys()):
+        raise ModelError(
+            f"{index} names {len(lacking)} tensors that its files do not hold, e.g. {lacking[0]}: the checkpoint is "
+            "incomplete, or the index belongs to another one."
+        )
+    return stored
+
+
+def _headers(files: list[Path]) -> dict[str, StoredTensor]:
+    stored: dict[str, StoredTensor] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - this is no dict
+                if name in stored and not _same(name, stored[name].file, path):
+                    raise ModelError(
+                        f"{path.parent}: {stored[name].file.name} and {path.name} hold different values of {name}: "
+                        "which one is loaded depends on the loader. Remove the file or tensor that is out of date."
+                    )
+                part = file.get_slice(name)
+                stored[name] = StoredTensor(file=path, dtype=part.get_dtype(), shape=tuple(part.get_shape()))
+    return stored
+
+
+def _same(name: str, one: Path, other: Path) -> bool:
+    with safe_open(one, framework="pt") as first, safe_open(other, framework="pt") as second:
+        return torch.equal(first.get_tensor(name), second.get_tensor(name))
+
+
+def _directory_of(model: ModelSpec, arguments: Mapping[str, Any]) -> Path | None:
+    if model.path is not None:
+        directory = model.path
+    else:
+        revision, cache_dir = model.revision or "main", arguments.get("cache_dir")
+        config = try_to_load_from_cache(model.name, "config.json", revision=revision, cache_dir=cache_dir)
+        if not isinstance(config, str):
+            return None
+        directory = Path(config).parent
+    return directory / (arguments.get("subfolder") or "")
