@@ -34,8 +34,9 @@ from pytest_kld.session.fixtures import (  # noqa: F401 (pytest finds fixtures b
     kld_server_env,
     kld_windows,
 )
-from pytest_kld.session.gating import Results, attach_result, check_limits
+from pytest_kld.session.gating import attach_result, check_limits
 from pytest_kld.session.header import header
+from pytest_kld.session.results import Results
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
