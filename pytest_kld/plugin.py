@@ -17,6 +17,7 @@ from pytest_kld.session.collection import (
     request_fixture_of_marked,
 )
 from pytest_kld.session.config import CONFIG, add_options, build_config
+from pytest_kld.session.failure_text import escape_failure, uses_kld
 from pytest_kld.session.fixtures import (  # noqa: F401 (pytest finds fixtures by their names in this module)
     _kld_gate,
     _kld_measurement,
@@ -36,6 +37,7 @@ from pytest_kld.session.fixtures import (  # noqa: F401 (pytest finds fixtures b
 )
 from pytest_kld.session.gating import attach_result, check_limits
 from pytest_kld.session.header import header
+from pytest_kld.session.plan import WorkerPlan
 from pytest_kld.session.results import Results
 
 
@@ -48,8 +50,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Check and freeze the options, before anything is collected or loaded."""
     config.addinivalue_line("markers", MARKER)
     config.stash[CONFIG] = build_config(config)
-    if not hasattr(config, "workerinput"):  # xdist's workers leave the results to the controller
-        config.pluginmanager.register(Results(config), "kld-results")
+    in_worker = hasattr(config, "workerinput")  # xdist's workers leave the results to the controller
+    config.pluginmanager.register(WorkerPlan() if in_worker else Results(config), "kld-results")
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
@@ -88,8 +90,10 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Attach the result."""
+    """Attach the result. Names and messages in a failure do nothing to the terminal that shows them."""
     report = yield
+    if uses_kld(item):
+        escape_failure(report)
     if is_gated(item):
         attach_result(item, report)
     return report

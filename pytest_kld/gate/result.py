@@ -124,6 +124,30 @@ class GateResult:
         ]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Incomplete:
+    """A session that ended before every gated test had run.
+
+    Attributes:
+        reason: why it ended, in pytest's words.
+        planned: how many gated tests were collected.
+        not_measured: the node ids of those that did not run to their end, in the order of the collection.
+
+    """
+
+    reason: str
+    planned: int
+    not_measured: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Say in one sentence what is missing, without the names."""
+        missing = len(self.not_measured)
+        return (
+            f"the session ended early ({self.reason}); {missing} of {self.planned} gated "
+            f"test{'' if self.planned == 1 else 's'} {'was' if missing == 1 else 'were'} not measured"
+        )
+
+
 def checks_of(verdict: Verdict) -> tuple[dict[str, Any], ...]:
     """Return a verdict's checks as plain data."""
     return tuple(

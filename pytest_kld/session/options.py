@@ -12,6 +12,7 @@ from typing import Any
 
 from pytest_kld.engines.sglang.arguments import check_arguments, parse_command
 from pytest_kld.errors import ServerError
+from pytest_kld.files import TEMPORARY_SUFFIX_BYTES
 from pytest_kld.gate.limits import LIMITS, Limit
 from pytest_kld.subjects.model import ModelSpec
 from pytest_kld.text.corpus import CORPUS_FILES
@@ -56,14 +57,34 @@ _UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
 def _path(text: str, base: Path) -> Path:
-    return (base / Path(text).expanduser()).resolve()
+    return _in_utf8((base / Path(text).expanduser()).resolve())
 
 
-def _report(text: str, base: Path) -> Path:
-    """Refuse now what could not be written when everything is measured."""
-    path = _path(text, base)
+def _in_utf8(path: Path) -> Path:
+    """Refuse a path that safetensors could not open, before anything is measured."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{path} is not UTF-8, and safetensors cannot open files there; rename it") from None
+    return path
+
+
+def _model(text: str, base: Path) -> ModelSpec:
+    model = ModelSpec.parse(text, base)
+    if model.path is not None:
+        _in_utf8(model.path)
+    return model
+
+
+def parse_report(text: str, base: Path) -> Path:
+    """Refuse now what could not be written when everything is measured. A link to a regular file is written through."""
+    named = base / Path(text).expanduser()
+    path = named.resolve()
+    if named.exists() and not named.is_file():  # before it is resolved: /dev/stdout may lead to no path at all
+        raise ValueError(f"expected a file that can be written, got {text!r} ({path}), which is no regular file")
     above = next(parent for parent in path.parents if parent.exists())
-    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+    too_long = len(os.fsencode(path.name)) > os.pathconf(above, "PC_NAME_MAX") - TEMPORARY_SUFFIX_BYTES
+    if too_long or not path.name or not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"expected a file that can be written, got {text!r} ({path})")
     return path
 
@@ -162,20 +183,20 @@ OPTIONS: tuple[Option, ...] = (
     Option(
         name="ref",
         metavar="MODEL",
-        parse=ModelSpec.parse,
+        parse=_model,
         help="Reference model: a local directory, a hub id with optional @REVISION, or a capture directory.",
     ),
     Option(
         name="candidate",
         metavar="MODEL",
-        parse=ModelSpec.parse,
+        parse=_model,
         repeatable=True,
         help="Candidate model to gate against the reference, named in the same ways; repeatable.",
     ),
     Option(
         name="tokenizer",
         metavar="MODEL",
-        parse=ModelSpec.parse,
+        parse=_model,
         help="Model whose tokenizer cuts the text for both sides. Default: the reference's.",
     ),
     Option(
@@ -368,14 +389,16 @@ OPTIONS: tuple[Option, ...] = (
         "recently are removed, but none of the last 24 hours. Default: no limit.",
     ),
     Option(name="refresh", flag=True, help="Capture and compare anew what the cache already holds."),
-    Option(name="junit", metavar="FILE", parse=_report, help="Write a JUnit report: a suite per candidate."),
+    Option(name="junit", metavar="FILE", parse=parse_report, help="Write a JUnit report: a suite per candidate."),
     Option(
         name="json",
         metavar="FILE",
-        parse=_report,
+        parse=parse_report,
         help="Write a JSON report: figures, protocol, versions, keys.",
     ),
-    Option(name="html", metavar="FILE", parse=_report, help="Write an HTML report: one file with charts and tables."),
+    Option(
+        name="html", metavar="FILE", parse=parse_report, help="Write an HTML report: one file with charts and tables."
+    ),
     *(
         Option(
             name=limit.name,

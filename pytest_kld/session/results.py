@@ -1,20 +1,24 @@
-"""What happens to the results of gated tests: they are collected, and written as reports."""
+"""What becomes of the results of gated tests: they are collected, and written as reports."""
 
 from __future__ import annotations
 
+import tempfile
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_kld.errors import CacheError
-from pytest_kld.gate.result import GateResult
+from pytest_kld.errors import ReportError
+from pytest_kld.gate.result import GateResult, Incomplete
+from pytest_kld.plain import LINES, plain
 from pytest_kld.report import terminal
 from pytest_kld.session.config import CONFIG
+from pytest_kld.session.plan import PLAN_FILE, Planned, plan_of, plan_of_worker
 from pytest_kld.session.subjects import candidates_of, reference_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
 
     from _pytest.terminal import TerminalReporter
 
@@ -28,71 +32,131 @@ class Results:
     def __init__(self, config: pytest.Config) -> None:
         """Begin with none."""
         self._config = config
+        self._plan: dict[str, Planned] = {}
+        self._finished: set[str] = set()
         self._by_test: dict[str, GateResult] = {}
+        self._ended: str | None = None
+        self._incomplete: Incomplete | None = None
+        self._written: list[str] = []
         self._complaints: list[str] = []
+        self._session: pytest.Session | None = None
+        self._plans: tempfile.TemporaryDirectory[str] | None = None
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Keep what is going to be measured."""
+        self._plan.update((planned.nodeid, planned) for planned in plan_of(session.items))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """Tell a worker of xdist where to leave its plan."""
+        if self._plans is None:
+            self._plans = tempfile.TemporaryDirectory(prefix="pytest-kld-", ignore_cleanup_errors=True)
+        node.workerinput[PLAN_FILE] = str(Path(self._plans.name) / f"{node.gateway.id}.json")
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: Any, ids: Sequence[str]) -> None:
+        """Keep what a worker collected. All of them collect the same."""
+        plan = plan_of_worker(Path(node.workerinput[PLAN_FILE]), ids, self._config)
+        self._plan.update((planned.nodeid, planned) for planned in plan)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Keep the result of each test; of a test that was run again, the last."""
+        if report.when in ("call", _CRASH) or (report.when == "setup" and not report.passed):
+            self._finished.add(report.nodeid)
         data: dict[str, Any] | None = getattr(report, "kld", None)
         if data is not None:
             result = GateResult.from_json(data)
             self._by_test[result.nodeid] = result
-        elif report.when == _CRASH and (lost := self._lost(report)):
-            self._by_test[lost.nodeid] = lost
+        elif report.when == _CRASH and (lost := self._plan.get(report.nodeid)):
+            self._by_test[lost.nodeid] = self._error(lost, report.longreprtext)
+
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        """Keep why the session ends: an interrupt, pytest.exit, or pytest's own decision."""
+        said = str(getattr(excinfo.value, "msg", excinfo.value))
+        self._ended = said or excinfo.typename
+
+    def pytest_internalerror(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        """Keep that the session ends by an error in pytest or a plugin."""
+        self._ended = f"internal error: {excinfo.typename}"
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Write the report files, also when nothing was gated: an old file must not pass for this session's."""
+        """Write the report files, even if nothing was gated, so that a stale file is not mistaken for this session's.
+
+        A report that cannot be written fails the session and takes nothing else with it: no other report, and not
+        the table.
+        """
+        if self._plans is not None:
+            self._plans.cleanup()
         if self._config.option.collectonly:
             return
-        for write, path in self._files():
+        self._session = session
+        self._find_missing(session)
+        for name, path, write in self._reports():
             try:
                 write(path, self._results())
-            except CacheError as error:  # the figures are still worth showing, so the session ends as usual
-                self._complaints.append(f"cannot write the report {path}: {error.__cause__}")
-                session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+            except ReportError as error:
+                self._complain(f"cannot write the {name} report {path}: {error}")
+            except Exception as error:  # a fault of ours, after hours of measuring: the rest is worth writing
+                self._complain(f"cannot write the {name} report {path}: {type(error).__name__}: {error}")
+            else:
+                self._written.append(f"{name} report: {path}")
 
     def pytest_terminal_summary(self, terminalreporter: TerminalReporter) -> None:
-        """Print the table."""
-        results, config = self._results(), self._config.stash[CONFIG]
+        """Print the table, and what became of the reports."""
+        lines: list[str] = []
+        results = self._results()
+        try:
+            lines = [*terminal.table(results), *terminal.notes(results)] if results else []
+        except Exception as error:  # likewise
+            self._complain(f"cannot show the table: {type(error).__name__}: {error}")
         for complaint in self._complaints:
-            terminalreporter.write_line(f"ERROR: {complaint}", red=True)
+            terminalreporter.write_line(f"ERROR: {plain(complaint, keep=LINES)}", red=True)
         if not results:
             return
         terminalreporter.section("KLD")
-        for line in (*terminal.table(results), *terminal.notes(results)):
-            terminalreporter.write_line(line)
-        for name, path in (("JUnit", config.junit), ("JSON", config.json), ("HTML", config.html)):
-            if path and not self._complaints:
-                terminalreporter.write_line(f"{name} report: {path}")
+        for line in lines:
+            terminalreporter.write_line(plain(line))
+        for line in terminal.what_is_missing(self._incomplete):
+            terminalreporter.write_line(plain(line), red=True)
+        for line in self._written:
+            terminalreporter.write_line(plain(line))
 
-    def _files(self) -> Iterator[tuple[Callable[[Path, Sequence[GateResult]], None], Path]]:
+    def _complain(self, complaint: str) -> None:
+        """Remember what went wrong; a session with a complaint does not succeed."""
+        self._complaints.append(complaint)
+        if self._session is not None:
+            self._session.exitstatus = self._session.exitstatus or pytest.ExitCode.TESTS_FAILED
+
+    def _reports(self) -> Iterator[tuple[str, Path, Callable[[Path, Sequence[GateResult]], None]]]:
+        """Yield name, path and writer of each report that was asked for."""
         config = self._config.stash[CONFIG]
         if config.junit:
-            from pytest_kld.report.junit import write_junit
-
-            yield write_junit, config.junit
+            yield "JUnit", config.junit, _write_junit
         if config.json:
-            from pytest_kld.report.json_file import write_json_report
-
-            yield write_json_report, config.json
+            yield "JSON", config.json, partial(_write_json, incomplete=self._incomplete)
         if config.html:
-            from pytest_kld.report.html import write_html_report
+            yield "HTML", config.html, partial(_write_html, incomplete=self._incomplete)
 
-            yield write_html_report, config.html
+    def _find_missing(self, session: pytest.Session) -> None:
+        """Make an error of each gated test that was planned and did not run to its end."""
+        missing = [planned for planned in self._plan.values() if planned.nodeid not in self._finished]
+        if not missing:
+            return
+        reason = self._ended or str(session.shouldfail or session.shouldstop or "it did not say why")
+        self._incomplete = Incomplete(
+            reason=reason, planned=len(self._plan), not_measured=tuple(planned.nodeid for planned in missing)
+        )
+        for planned in missing:
+            message = f"not measured: the session ended before this test had run to its end ({reason})"
+            self._by_test[planned.nodeid] = self._error(planned, message)
 
-    def _lost(self, report: pytest.TestReport) -> GateResult | None:
-        """Return the result of a test that took its process with it, if its name tells that it was gated."""
-        config = self._config.stash[CONFIG]
-        parameters = report.nodeid.partition("[")[2]
-        named = [subject for subject in candidates_of(config) if subject.id in parameters]
-        if not named:
-            return None
+    def _error(self, planned: Planned, message: str) -> GateResult:
         return GateResult(
-            nodeid=report.nodeid,
-            reference=reference_of(config),
-            candidate=max(named, key=lambda subject: len(subject.id)),
+            nodeid=planned.nodeid,
+            reference=reference_of(self._config.stash[CONFIG]),
+            candidate=planned.candidate,
             outcome="error",
-            message=report.longreprtext,
+            message=message,
         )
 
     def _results(self) -> list[GateResult]:
@@ -104,3 +168,21 @@ class Results:
             return names.index(name) if name in names else len(names)
 
         return sorted(self._by_test.values(), key=rank)
+
+
+def _write_junit(path: Path, results: Sequence[GateResult]) -> None:
+    from pytest_kld.report.junit import write_junit
+
+    write_junit(path, results)
+
+
+def _write_json(path: Path, results: Sequence[GateResult], incomplete: Incomplete | None) -> None:
+    from pytest_kld.report.json_file import write_json_report
+
+    write_json_report(path, results, incomplete)
+
+
+def _write_html(path: Path, results: Sequence[GateResult], incomplete: Incomplete | None) -> None:
+    from pytest_kld.report.html import write_html_report
+
+    write_html_report(path, results, incomplete)
