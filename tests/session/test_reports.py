@@ -164,7 +164,9 @@ import os, pytest
 def test_gate(kld): pass
 """)
     reports = [f"--kld-{name}=report.{name}" for name in REPORTS]
-    ran = run(gate, ".", *reports, "--kld-max-mean=1", "-p", "no:cacheprovider")  # pytest's cache takes UTF-8 only
+    ran = run(
+        gate, ".", *reports, "--kld-max-mean=1", "--kld-cache-dir=cache", "-p", "no:cacheprovider"
+    )  # pytest's cache takes UTF-8 only
     assert ran.returncode == pytest.ExitCode.TESTS_FAILED
     assert b"INTERNALERROR" not in ran.stdout
     table = ran.stdout.partition(b"KLD Evaluation Results")[2].partition(b"= short test summary")[0].decode()
