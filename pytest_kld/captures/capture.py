@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pytest_kld.captures.shape import check_manifest
 from pytest_kld.errors import CaptureError
 from pytest_kld.files import atomic_path, sha256_of_file, sha256_of_json, write_json
 from pytest_kld.kernel.head import Head, HeadCheck, HeadMode, check_head
@@ -246,7 +247,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         intact = manifest.pop("sha256") == sha256_of_json(manifest)
         usable = manifest["schema"] == SCHEMA and manifest["complete"] is True
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CaptureError(f"the manifest {path / MANIFEST} is corrupt ({error!r}). {_WAY_OUT}") from error
     if not intact:
         raise CaptureError(f"the manifest {path / MANIFEST} is corrupt: its SHA-256 is another. {_WAY_OUT}")
@@ -254,6 +255,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CaptureError(
             f"the capture {path} is incomplete or of schema {manifest['schema']}, not {SCHEMA}. {_WAY_OUT}"
         )
+    try:
+        check_manifest(manifest, head_file=HEAD_FILE, window_file=window_file)
+    except ValueError as error:
+        raise CaptureError(f"the manifest {path / MANIFEST} is not a capture's: {error}. {_WAY_OUT}") from error
     return manifest
 
 

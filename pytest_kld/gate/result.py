@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_kld.gate.verdict import band
+from pytest_kld.plain import plain
 from pytest_kld.subjects.subject import Subject
 
 if TYPE_CHECKING:
@@ -98,8 +99,8 @@ class GateResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
-        plain = {one.name: getattr(self, one.name) for one in fields(self)}
-        return {**plain, "reference": self.reference.to_json(), "candidate": self.candidate.to_json()}
+        data = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {**data, "reference": self.reference.to_json(), "candidate": self.candidate.to_json()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> GateResult:
@@ -109,7 +110,8 @@ class GateResult:
 
     def properties(self) -> list[tuple[str, str | float]]:
         """Return the figures as properties of the test case, for `--junitxml`."""
-        described = {"candidate": self.candidate.label, "reference": self.reference.label, "band": self.band}
+        names = {"candidate": plain(self.candidate.label), "reference": plain(self.reference.label)}
+        described = {**names, "band": self.band}
         limits = {check["limit"]: check["bound"] for check in self.checks}
         bounds = {
             f"{name}_{end}": interval[end]
@@ -122,6 +124,30 @@ class GateResult:
             for name, value in {**described, **(self.figures or {}), **confidence, **bounds, **limits}.items()
             if value is not None
         ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Incomplete:
+    """A session that ended before every gated test had run.
+
+    Attributes:
+        reason: why it ended, in pytest's words.
+        planned: how many gated tests were collected.
+        not_measured: the node ids of those that did not run to their end, in the order of the collection.
+
+    """
+
+    reason: str
+    planned: int
+    not_measured: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Say in one sentence what is missing, without the names."""
+        missing = len(self.not_measured)
+        return (
+            f"the session ended early ({self.reason}); {missing} of {self.planned} gated "
+            f"test{'' if self.planned == 1 else 's'} {'was' if missing == 1 else 'were'} not measured"
+        )
 
 
 def checks_of(verdict: Verdict) -> tuple[dict[str, Any], ...]:

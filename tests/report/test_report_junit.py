@@ -100,7 +100,7 @@ def test_markup_and_control_characters_are_escaped(tmp_path: Path) -> None:
     )
     write_junit(tmp_path / "a.xml", [failed])
     (suite,) = validate(tmp_path / "a.xml")
-    spelled = nasty.replace("\x1b", "#x1B").replace("\x00", "#x00").replace("\ud800", "#xD800")
+    spelled = nasty.replace("\x1b", r"\x1b").replace("\x00", r"\x00").replace("\ud800", r"\ud800")
     assert suite.get("name") == spelled
     assert [case.get("classname") for case in suite.iter("testcase")] == [spelled, spelled]
     assert [failure.text for failure in suite.iter("failure")][1] == f"{spelled}\n{spelled}"

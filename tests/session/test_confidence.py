@@ -152,7 +152,7 @@ def test_a_clear_failure_stays_a_failure_whatever_undecided_ones_become(
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--kld-confidence=95", "*--kld-confidence: expected a number of at least 0.5 and below 1*'95'*"),
+        ("--kld-confidence=95", "*--kld-confidence: expected a number of at least 0.5 and at most 0.999999*'95'*"),
         ("--kld-confidence=much", "*--kld-confidence: expected a number*'much'*"),
         ("--kld-inconclusive=maybe", "*--kld-inconclusive: expected one of fail, pass, skip, got 'maybe'*"),
         ("--kld-windows=auto:0", "*--kld-windows: expected a whole number*'0'*"),

@@ -257,6 +257,6 @@ def test_report_that_cannot_be_written_fails_the_session_and_hides_nothing(gate:
     result = gate(f"{option}=taken/report")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(
-        ["ERROR: cannot write the report *taken/report: *File exists*", "KLD Evaluation Results*"]
+        ["ERROR: cannot write the * report *taken/report: *File exists*", "KLD Evaluation Results*"]
     )
     assert "INTERNALERROR" not in result.stdout.str()
