@@ -18,3 +18,9 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise KLDError(f"--kld-device={name}: torch sees {torch.cuda.device_count()} CUDA devices; give cpu or auto")
     return device
+
+
+def release_memory(device: torch.device) -> None:
+    """Return to the system what torch's allocator keeps of a device, so that another process can use it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
