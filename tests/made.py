@@ -29,12 +29,13 @@ def made_result(
     scale: float = 0.01,
     bounds: dict[str, float] | None = None,
     confidence: float | None = None,
+    size: int = SIZE,
     **changes: Any,
 ) -> GateResult:
     """Return a result whose KL is log-normal with a median of `scale` nats."""
     candidate = subject(candidate)
     random = np.random.default_rng(len(candidate.label))
-    shape = (WINDOWS, SIZE)
+    shape = (WINDOWS, size)
     nll = random.exponential(2, shape)
     argmax = random.integers(0, 100, shape)
     columns = {
@@ -49,7 +50,7 @@ def made_result(
         "flags": np.zeros(shape, np.uint8),
     }
     text = {"dataset": "a text", "windows": WINDOWS}
-    protocol = {**text, "window_size": SIZE, "stride": SIZE // 2, "datasets": [text]}
+    protocol = {**text, "window_size": size, "stride": size // 2, "datasets": [text]}
     sides = {"reference": {"model": "reference"}, "candidate": {"model": candidate.label}}
     about = {**sides, "protocol": protocol, "versions": {"torch": "2"}}
     scores = Scores(columns=columns, about=about)

@@ -32,7 +32,8 @@ class GateResult:
         body_passed: whether the test's own body passed; None if it did not run.
         figures: the `Summary` by name, of several datasets their macro average; None if not measured.
         datasets: the same of each dataset, by its name.
-        intervals: by figure `low`, `high`, `confidence`, `effective_positions`; empty without --kld-confidence.
+        intervals: by figure `low`, `high`, `confidence`, `effective_positions`, `least_windows`; empty without
+            --kld-confidence.
         checks: each limit with `limit`, `figure`, `dataset` (None: the macro average), `value`, `bound`, `passed`,
             `state` (`pass`, `fail`, `inconclusive`), `interval` and `more_windows`: how many would probably decide it.
         undecided: what --kld-inconclusive makes of a test whose limits are undecided.
@@ -52,7 +53,7 @@ class GateResult:
     body_passed: bool | None = None
     figures: dict[str, Any] | None = None
     datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
-    intervals: dict[str, dict[str, float]] = field(default_factory=dict)
+    intervals: dict[str, dict[str, Any]] = field(default_factory=dict)
     checks: tuple[dict[str, Any], ...] = ()
     undecided: Inconclusive = "fail"
     about: dict[str, Any] | None = None
@@ -69,6 +70,11 @@ class GateResult:
     def windows(self) -> int:
         """Return the number of windows that were measured."""
         return 0 if self.about is None else int(self.about["protocol"]["windows"])
+
+    def windows_of(self, dataset: str | None) -> int:
+        """Return the number of windows of one dataset that were measured; of None, of all."""
+        parts = [] if self.about is None else self.about["protocol"].get("datasets", [])
+        return next((int(part["windows"]) for part in parts if part["dataset"] == dataset), self.windows)
 
     @property
     def inconclusive(self) -> bool:
