@@ -46,6 +46,8 @@ def made_result(
         "reference_confidence": np.exp(-nll),
         "reference_argmax": argmax,
         "candidate_argmax": np.where(random.random(shape) < 0.1, argmax + 1, argmax),
+        "reference_cut_mass": np.zeros(shape),
+        "candidate_cut_mass": np.zeros(shape),
         "token_ids": argmax,
         "flags": np.zeros(shape, np.uint8),
     }

@@ -193,4 +193,5 @@ def _about(
 
 def _side(capture: Capture) -> dict[str, Any]:
     described = ("model", "facts", "key", "store", "store_reason", "vocab_size", "transforms", "checks")
-    return {"digest": capture.digest, **{name: capture.manifest.get(name) for name in described}}
+    described_side = {name: capture.manifest.get(name) for name in described}
+    return {"digest": capture.digest, **described_side, "vocab_size": capture.vocab_size}

@@ -86,11 +86,12 @@ class GateResult:
     def notes(self) -> list[str]:
         """Return what a reader of the figures should know about how they came about."""
         found = []
-        if self.figures is not None and self.figures["max"] == 0:
+        if self.figures is not None and self.figures["max"] == 0 and not self.figures.get("cut_mass"):
             found.append(
                 f"KLD of {self.candidate.label} is exactly 0 at every position: it computes what the reference does. "
                 "Was the same model named twice?"
             )
+        found += self._vocabulary_notes()
         sides = [
             ((self.about or {}).get(side, {}).get("key") or {}).get("engine") for side in ("reference", "candidate")
         ]
@@ -101,6 +102,17 @@ class GateResult:
                 "is between the engines, about 2e-3 nats in bfloat16"
             )
         return found
+
+    def _vocabulary_notes(self) -> list[str]:
+        sizes = [(self.about or {}).get(side, {}).get("vocab_size") for side in ("reference", "candidate")]
+        if None in sizes or sizes[0] == sizes[1] or self.figures is None:
+            return []
+        wider = self.reference if sizes[0] > sizes[1] else self.candidate
+        return [
+            f"the vocabularies differ: {self.reference} has {sizes[0]:,} tokens and {self.candidate} {sizes[1]:,}. The "
+            f"figures are of the first {min(sizes):,}, renormalised; {wider} gives the others a probability of up to "
+            f"{self.figures['cut_mass']:.3g}"
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""

@@ -140,6 +140,11 @@ class KLD:
         return self.summary.reference_nan_count
 
     @property
+    def cut_mass(self) -> Figure:
+        """Largest probability that either side gives to tokens the other lacks, in [0, 1]."""
+        return self._figure("cut_mass")
+
+    @property
     def top1_agreement(self) -> Figure:
         """Share of positions with the same most probable token, in [0, 1]."""
         return self._figure("top1_agreement")

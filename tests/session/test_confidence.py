@@ -124,7 +124,7 @@ def test_an_undecided_limit_fails_by_default_and_says_so(gate: Gate) -> None:
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
         [
-            "*1 of 3 KLD limits inconclusive at confidence 0.95:*",
+            "*1 of 4 KLD limits inconclusive at confidence 0.95:*",
             "*?*mean KLD * nats [[]*, *] <= max_mean *",
             "*FAIL (inconclusive)*",
             "*Mean KLD interval*",
@@ -177,7 +177,7 @@ def test_a_clear_failure_stays_a_failure_whatever_undecided_ones_become(
     gate = Gate(pytester, reference_dir, broken_dir)
     result = gate.run("--kld-confidence=0.95", "--kld-inconclusive=skip", "--kld-max-p99=0.0001")
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["*1 of 4 KLD limits exceeded*", "*FAIL*P99 KLD*", "*?*mean KLD*"])
+    result.stdout.fnmatch_lines(["*1 of 5 KLD limits exceeded*", "*FAIL*P99 KLD*", "*?*mean KLD*"])
 
 
 @pytest.mark.parametrize(
