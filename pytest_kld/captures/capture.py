@@ -118,8 +118,7 @@ class Capture:
     def vocab_size(self) -> int:
         """Return the number of columns of the logits, without padding."""
         if self.manifest["vocab_size"] is None:  # the original layout leaves it to the shape
-            with self._open_window(0) as file:
-                return int(file.get_slice("log_probs").get_shape()[1])
+            return self._shape(0)[1]
         return int(self.manifest["vocab_size"])
 
     @property
@@ -207,13 +206,24 @@ class Capture:
     def _check_shapes(self, size: int) -> None:
         """The original layout says nothing about its windows but by their shape."""
         for window, name in enumerate(self.manifest["window_files"]):
-            with self._open_window(window) as file:
-                shape = file.get_slice(MATRIX[self.store]).get_shape()
+            shape = list(self._shape(window))
             if shape != [size, self.vocab_size]:
                 raise CaptureError(
                     f"{self.path / name} has shape {shape}, expected {[size, self.vocab_size]} (positions, "
                     "vocabulary). Give the --kld-window-size it was made with."
                 )
+
+    def _shape(self, window: int) -> tuple[int, int]:
+        """Return how many positions and columns the matrix of a window has."""
+        with self._open_window(window) as file:
+            shape = file.get_slice(MATRIX[self.store]).get_shape()
+        if len(shape) != 2:
+            file_name = self.path / self.manifest["window_files"][window]
+            raise CaptureError(
+                f"{file_name}: {MATRIX[self.store]} has {len(shape)} dimensions "
+                f"(shape {shape}), expected 2: [positions, vocabulary]. {_WAY_OUT}"
+            )
+        return int(shape[0]), int(shape[1])
 
     def _open_window(self, window: int) -> AbstractContextManager[Any]:
         return self._open_file(self.manifest["window_files"][window])

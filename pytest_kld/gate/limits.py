@@ -82,6 +82,13 @@ LIMITS: Mapping[str, Limit] = {
             integer=True,
             default=0,
         ),
+        Limit(
+            name="max_cut_mass",
+            figure="cut_mass",
+            label="probability outside the common vocabulary",
+            greatest=1,
+            default=0.01,
+        ),
         Limit(name="min_top1", figure="top1_agreement", label="top-1 agreement", greatest=1),
         Limit(name="max_ppl_ratio", figure="ppl_ratio", label="perplexity ratio"),
         Limit(name="max_log_ppl_ratio", figure="log_ppl_ratio", label="ln PPL ratio", unit="nats"),

@@ -33,7 +33,8 @@ class GateResult:
         body_passed: whether the test's own body passed; None if it did not run.
         figures: the `Summary` by name, of several datasets their macro average; None if not measured.
         datasets: the same of each dataset, by its name.
-        intervals: by figure `low`, `high`, `confidence`, `effective_positions`; empty without --kld-confidence.
+        intervals: by figure `low`, `high`, `confidence`, `effective_positions`, `least_windows`; empty without
+            --kld-confidence.
         checks: each limit with `limit`, `figure`, `dataset` (None: the macro average), `value`, `bound`, `passed`,
             `state` (`pass`, `fail`, `inconclusive`), `interval` and `more_windows`: how many would probably decide it.
         undecided: what --kld-inconclusive makes of a test whose limits are undecided.
@@ -53,7 +54,7 @@ class GateResult:
     body_passed: bool | None = None
     figures: dict[str, Any] | None = None
     datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
-    intervals: dict[str, dict[str, float]] = field(default_factory=dict)
+    intervals: dict[str, dict[str, Any]] = field(default_factory=dict)
     checks: tuple[dict[str, Any], ...] = ()
     undecided: Inconclusive = "fail"
     about: dict[str, Any] | None = None
@@ -71,6 +72,11 @@ class GateResult:
         """Return the number of windows that were measured."""
         return 0 if self.about is None else int(self.about["protocol"]["windows"])
 
+    def windows_of(self, dataset: str | None) -> int:
+        """Return the number of windows of one dataset that were measured; of None, of all."""
+        parts = [] if self.about is None else self.about["protocol"].get("datasets", [])
+        return next((int(part["windows"]) for part in parts if part["dataset"] == dataset), self.windows)
+
     @property
     def inconclusive(self) -> bool:
         """Whether no limit is exceeded and some are undecided."""
@@ -81,11 +87,12 @@ class GateResult:
     def notes(self) -> list[str]:
         """Return what a reader of the figures should know about how they came about."""
         found = []
-        if self.figures is not None and self.figures["max"] == 0:
+        if self.figures is not None and self.figures["max"] == 0 and not self.figures.get("cut_mass"):
             found.append(
                 f"KLD of {self.candidate.label} is exactly 0 at every position: it computes what the reference does. "
                 "Was the same model named twice?"
             )
+        found += self._vocabulary_notes()
         sides = [
             ((self.about or {}).get(side, {}).get("key") or {}).get("engine") for side in ("reference", "candidate")
         ]
@@ -96,6 +103,17 @@ class GateResult:
                 "is between the engines, about 2e-3 nats in bfloat16"
             )
         return found
+
+    def _vocabulary_notes(self) -> list[str]:
+        sizes = [(self.about or {}).get(side, {}).get("vocab_size") for side in ("reference", "candidate")]
+        if None in sizes or sizes[0] == sizes[1] or self.figures is None:
+            return []
+        wider = self.reference if sizes[0] > sizes[1] else self.candidate
+        return [
+            f"the vocabularies differ: {self.reference} has {sizes[0]:,} tokens and {self.candidate} {sizes[1]:,}. The "
+            f"figures are of the first {min(sizes):,}, renormalised; {wider} gives the others a probability of up to "
+            f"{self.figures['cut_mass']:.3g}"
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pytest_kld.kernel.divergence import divergence
+from pytest_kld.kernel.precision import full_float32
 
 HeadMode = Literal["exact", "native"]
 _TILE_ELEMENTS = 1 << 24
@@ -63,7 +64,7 @@ class Head:
         Args:
             hidden: [N, H] last hidden states, in the engine's dtype.
             mode: `exact` computes in float32 (float64 for a float64 model); `native` in the engine's dtype, with
-                the rounding that the engine itself does.
+                the rounding that the engine itself does. Neither uses TF32 for float32 products.
 
         Returns:
             [N, V]; float32 (or float64) for `exact`, the engine's dtype for `native`.
@@ -71,7 +72,8 @@ class Head:
         """
         if mode == "native":
             weight, bias = self.weight.to(hidden.dtype), self.bias
-            z = functional.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype))
+            with full_float32():
+                z = functional.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype))
         else:
             z = _exact_product(hidden, self.weight)
             if self.bias is not None:
@@ -85,12 +87,28 @@ class Head:
 
 def _exact_product(hidden: Tensor, weight: Tensor) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-    if hidden.dtype == weight.dtype == dtype:
-        return hidden @ weight.T
-    if hidden.is_cuda and hidden.dtype == weight.dtype and dtype == torch.float32:
-        # Tensor cores multiply 16-bit numbers exactly and add them up in float32.
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    hidden = hidden.to(dtype)
+    with full_float32():
+        if hidden.dtype == weight.dtype == dtype:
+            return torch.mm(hidden, weight.T)
+        if _has_mixed_product(hidden) and hidden.dtype == weight.dtype and dtype == torch.float32:
+            try:
+                # Tensor cores multiply 16-bit numbers exactly and add them up in float32.
+                return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+            except torch.OutOfMemoryError:
+                raise
+            except (TypeError, RuntimeError, NotImplementedError):  # no such argument, or not for this device or dtype
+                pass
+        return _tiled_product(hidden.to(dtype), weight)
+
+
+def _has_mixed_product(hidden: Tensor) -> bool:
+    """Tell whether the device may multiply 16-bit numbers into float32. On a CPU, torch has no such product."""
+    return hidden.is_cuda
+
+
+def _tiled_product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Multiply in the dtype of `hidden`, converting a part of the weight at a time."""
+    dtype = hidden.dtype
     z = torch.empty(hidden.shape[0], weight.shape[0], dtype=dtype, device=hidden.device)
     tile = max(1, _TILE_ELEMENTS // weight.shape[1])
     for start in range(0, weight.shape[0], tile):

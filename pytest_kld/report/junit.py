@@ -76,7 +76,7 @@ def _limit_case(result: GateResult, data: dict[str, Any]) -> TestCase:
         bound=data["bound"],
         dataset=dataset,
         interval=None if data["interval"] is None else Interval(**data["interval"]),
-        windows=result.windows,
+        windows=result.windows_of(dataset),
     )
     name = f"{data['limit']}[{dataset}]" if dataset else data["limit"]
     if check.state == "inconclusive":
@@ -86,7 +86,8 @@ def _limit_case(result: GateResult, data: dict[str, Any]) -> TestCase:
         case = _case(result, plain(name), None if check.passed else Failure, "limit exceeded", str(check))
     interval = {} if check.interval is None else check.interval.to_json()
     figures = {"value": check.value, "limit": check.bound, **interval}
-    case.system_out = "\n".join([plain(str(check)), *(f"{name} {figure}" for name, figure in figures.items())])
+    known = (f"{name} {figure}" for name, figure in figures.items() if figure is not None)
+    case.system_out = "\n".join([plain(str(check)), *known])
     return case
 
 

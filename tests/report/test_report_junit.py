@@ -49,9 +49,10 @@ def test_report_has_a_suite_per_candidate_and_a_case_per_limit(
     gate("--kld-max-mean=0.1", "--kld-junit=report.xml", "--kld-json=report.json", candidates=candidates)
     root = validate(gate.path / "report.xml")
     assert [suite.get("name") for suite in root] == [str(path) for path in candidates]
-    assert (root.get("tests"), root.get("failures"), root.get("errors")) == ("7", "1", "1")
+    assert (root.get("tests"), root.get("failures"), root.get("errors")) == ("9", "1", "1")
     passed, failed, error = root
-    assert [case.get("name") for case in passed.iter("testcase")] == ["max_mean", "max_nan", "max_ref_nan"]
+    limits = ["max_mean", "max_nan", "max_ref_nan", "max_cut_mass"]
+    assert [case.get("name") for case in passed.iter("testcase")] == limits
     assert [len(list(suite.iter("failure"))) for suite in root] == [0, 1, 0]
     assert [len(list(suite.iter("error"))) for suite in root] == [0, 0, 1]
     assert [case.get("name") for case in error.iter("testcase")] == ["measurement"]

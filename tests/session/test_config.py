@@ -120,7 +120,7 @@ def test_defaults_are_the_standard_protocol(read: Any) -> None:
     assert (values["each_dataset"], values["skip_first"], values["metrics"]) == (False, 0, "core")
     assert (values["dtype"], values["device"]) == ("auto", "auto")
     assert (values["trust_remote_code"], values["refresh"]) == (False, False)
-    assert values["bounds"] == {"max_nan": 0, "max_ref_nan": 0}
+    assert values["bounds"] == {"max_nan": 0, "max_ref_nan": 0, "max_cut_mass": 0.01}
     assert (values["ref"], values["candidate"], values["junit"], values["json"]) == (None, [], None, None)
     assert Path(values["cache_dir"]).name == "pytest-kld"
 
@@ -163,7 +163,7 @@ def test_max_windows_is_all_that_the_text_gives(read: Any) -> None:
 def test_command_line_wins_over_ini_over_default(read: Any, gate: Gate) -> None:
     gate.pytester.makeini("[pytest]\nkld_max_mean = 0.1\nkld_max_p99 = 0.2\nkld_max_nan = 3\nkld_head = native")
     values = read("--kld-max-mean=0.3")
-    assert values["bounds"] == {"max_mean": 0.3, "max_p99": 0.2, "max_nan": 3, "max_ref_nan": 0}
+    assert values["bounds"] == {"max_mean": 0.3, "max_p99": 0.2, "max_nan": 3, "max_ref_nan": 0, "max_cut_mass": 0.01}
     assert values["head"] == "native"
     assert read("--kld-head=exact")["head"] == "exact"
 
