@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
@@ -18,6 +19,7 @@ from pytest_kld.engines.checkpoint import facts_of, read_facts, versions
 from pytest_kld.errors import CaptureError, ModelError
 from pytest_kld.kernel.device import pick_device
 from pytest_kld.kernel.head import Head
+from pytest_kld.servers.environment import numeric_environment
 from pytest_kld.subjects.subject import as_json
 
 if TYPE_CHECKING:
@@ -57,15 +59,17 @@ class TransformersEngine:
         )
 
     def fingerprint(self, subject: Subject) -> dict[str, Any]:
-        """Return versions, dtype, device and arguments. See `Engine.fingerprint`."""
+        """Return versions, every setting, arguments and environment. See `Engine.fingerprint`."""
         device = pick_device(self.device)
         quantized = self.facts(subject).quantization is not None
         return {
             "engine": "transformers",
             "versions": versions("transformers", "torch", *(_QUANTIZERS if quantized else ())),
             "dtype": self.dtype,
+            "trust_remote_code": self.trust_remote_code,
             "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
             "arguments": as_json(subject.arguments),
+            "environment": numeric_environment(os.environ),
         }
 
     @contextmanager

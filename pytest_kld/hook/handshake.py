@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from pytest_kld import __version__
 from pytest_kld.hook.protocol import HANDSHAKE_FILE, PROTOCOL, write_json_whole
+from pytest_kld.servers.environment import numeric_environment
 
 _PLAIN_METHODS = {None, "UnquantizedEmbeddingMethod", "UnquantizedLinearMethod", "PackWeightMethod"}
 """Quantization methods of a head that is a plain product."""
@@ -41,7 +43,7 @@ def rank_of(runner: Any) -> int:
 
 
 def write_handshake(run: Path, runner: Any, processor: Any, head: dict[str, Any]) -> None:
-    """Write who answers: versions, model, numerics, head."""
+    """Write who answers: versions, model, numerics, head, environment."""
     from sglang.version import __version__ as sglang_version
 
     config, arguments = runner.model_config, runner.server_args
@@ -60,6 +62,7 @@ def write_handshake(run: Path, runner: Any, processor: Any, head: dict[str, Any]
             "dtype": str(config.dtype).removeprefix("torch."),
             "quantization": None if quantization is None else str(quantization),
             "head": head,
+            "environment": numeric_environment(os.environ),
             "arguments": {name: _plain(getattr(arguments, name, None)) for name in _SERVER_ARGUMENTS},
         },
     )

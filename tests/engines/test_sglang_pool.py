@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pytest_kld import __version__
+from pytest_kld.engines.sglang.engine import SGLangEngine
 from pytest_kld.engines.sglang.pool import LAUNCH, ServerPool
 from pytest_kld.errors import ServerError
 from pytest_kld.hook.protocol import PROTOCOL
 from pytest_kld.progress import Silent
+from pytest_kld.subjects.model import ModelSpec
+from pytest_kld.subjects.subject import Subject
 
 GOOD = {
     "protocol": PROTOCOL,
     "pytest_kld": __version__,
     "versions": {"sglang": "0.5.23"},
     "devices": ["NVIDIA H100"],
+    "options": None,
     "hooked": True,
     "why_not": None,
 }
@@ -80,7 +85,57 @@ def test_an_interpreter_that_is_not_there_is_an_error_that_names_it(tmp_path: Pa
 
 def test_flags_are_completed_and_what_the_user_gives_wins(tmp_path: Path) -> None:
     pool = pool_that_is_told(GOOD, tmp_path)
-    assert pool.complete(["--tp", "2"]) == ["--tp", "2", "--prefill-max-requests", "1"]
-    assert pool.complete(["--prefill-max-requests", "4"]) == ["--prefill-max-requests", "4"]
+    assert pool.complete(["--tp", "2"], {}) == ["--tp", "2", "--prefill-max-requests", "1"]
+    for given in (["--prefill-max-requests", "4"], ["--prefill-max-r", "4"]):
+        assert pool.complete(given, {}) == given
     with pytest.raises(ServerError, match="--port cannot be given"):
-        pool.complete(["--port", "1"])
+        pool.complete(["--port", "1"], {})
+
+
+def test_flags_are_checked_by_the_spellings_of_the_release_that_is_installed(tmp_path: Path) -> None:
+    options = {"--spread": ["--spread", "attn_dp_size"]}
+    pool = pool_that_is_told({**GOOD, "options": options}, tmp_path)
+    with pytest.raises(ServerError, match=r"--spr, short for --spread, cannot be given: with data-parallel attention"):
+        pool.complete(["--spr", "2"], {})
+
+
+def fingerprint(tmp_path: Path, *args: str, trust: bool = False, **env: str) -> dict[str, Any]:
+    pool = pool_that_is_told(GOOD, tmp_path)
+    pool.trust_remote_code = trust
+    engine = SGLangEngine(
+        servers=pool, capture_dir=tmp_path / "spool", api_key=None, dtype="auto", trust_remote_code=trust
+    )
+    subject = Subject(name="org/model", model=ModelSpec(name="org/model"), arguments={"args": args}, environment=env)
+    return engine.fingerprint(subject)
+
+
+def test_an_inherited_variable_of_the_engine_is_in_the_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = fingerprint(tmp_path)
+    for name in ("SGLANG_X", "NCCL_ALGO", "FLASHINFER_X", "TORCH_X", "NVIDIA_TF32_OVERRIDE"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "1")
+            after = fingerprint(tmp_path)
+        assert after["environment"] == {**before["environment"], name: "1"}
+    monkeypatch.setenv("HOME", "/elsewhere")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    assert fingerprint(tmp_path) == before
+
+
+def test_a_given_variable_is_in_the_fingerprint_whatever_its_name_and_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_X", "1")
+    given = fingerprint(tmp_path, SGLANG_X="2", MY_SWITCH="on", MY_API_KEY="hunter2")["environment"]
+    assert (given["SGLANG_X"], given["MY_SWITCH"]) == ("2", "on")
+    other = fingerprint(tmp_path, SGLANG_X="2", MY_SWITCH="on", MY_API_KEY="hunter3")["environment"]
+    assert given["MY_API_KEY"] != other["MY_API_KEY"]
+    assert "hunter" not in str(given)
+
+
+def test_graphs_and_remote_code_are_in_the_fingerprint(tmp_path: Path) -> None:
+    plain = fingerprint(tmp_path)
+    assert fingerprint(tmp_path, "--disable-cuda-graph") != plain
+    assert fingerprint(tmp_path, "--cuda-graph-bs", "1", "2") != plain
+    assert fingerprint(tmp_path, trust=True) != plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pytest_kld.engines.checkpoint import read_facts
 from pytest_kld.engines.sglang.arguments import check_arguments, numeric_arguments
 from pytest_kld.engines.sglang.client import ServedModel
 from pytest_kld.engines.sglang.description import server_description
-from pytest_kld.subjects.subject import without_secrets
+from pytest_kld.servers.environment import numeric_environment
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,18 +51,26 @@ class SGLangEngine:
         return facts
 
     def fingerprint(self, subject: Subject) -> dict[str, Any]:
-        """Return versions, GPUs, and every argument that may change logits. See `Engine.fingerprint`."""
+        """Return versions, GPUs, and every argument and variable that may change logits. See `Engine.fingerprint`."""
         if url := subject.arguments.get("url"):
-            return {"engine": "sglang", **server_description(url, self.api_key)}
+            return {"engine": "sglang", **self._running(url, subject)}
         environment = subject.environment
         installed = self.servers.installed(environment)
+        completed = self.servers.complete(subject.arguments.get("args", ()), environment)
         return {
             "engine": "sglang",
             "versions": installed.versions,
             "devices": list(installed.devices),
-            "arguments": numeric_arguments(self.servers.complete(subject.arguments.get("args", ()))),
-            "environment": without_secrets(environment),
+            "arguments": numeric_arguments(completed, installed.options),
+            "environment": numeric_environment(os.environ, environment),
         }
+
+    def _running(self, url: str, subject: Subject) -> dict[str, Any]:
+        """Return what a running server tells: its arguments by itself, its GPU and environment through the hook."""
+        described = server_description(url, self.api_key)
+        with self.open(subject) as served:
+            told = served.handshake
+        return {**described, "devices": [told["device"]], "environment": told["environment"], "torch": told["torch"]}
 
     @contextmanager
     def open(self, subject: Subject) -> Iterator[ServedModel]:

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_kld import __version__
-from pytest_kld.engines.sglang.arguments import LAUNCH, ONE_WINDOW_A_BATCH, check_arguments, gpus_needed, has_flag
+from pytest_kld.engines.sglang.arguments import (
+    LAUNCH,
+    ONE_WINDOW_A_BATCH,
+    Options,
+    check_arguments,
+    gpus_needed,
+    has_flag,
+)
 from pytest_kld.engines.sglang.hints import hint
 from pytest_kld.errors import ServerError
 from pytest_kld.hook.protocol import CAPTURE_DIR_VARIABLE, PROTOCOL
@@ -33,10 +40,11 @@ _SECONDS_BETWEEN_NOTES = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Installed:
-    """What is installed where SGLang runs."""
+    """What is installed where SGLang runs; `options` are the release's flags, None if its source cannot be read."""
 
     versions: dict[str, str]
     devices: tuple[str, ...]
+    options: Options | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,17 +114,27 @@ class ServerPool:
             self._installed[key] = _ask(self.command, {**os.environ, **environment})
         return self._installed[key]
 
-    def complete(self, arguments: Sequence[str]) -> list[str]:
-        """Return all flags of a server but those of address and model."""
-        check_arguments(arguments, "SGLang's arguments")
+    def complete(self, arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+        """Return all flags of a server but those of address and model.
+
+        Args:
+            arguments: the user's.
+            environment: variables on top of this process's; they may decide which release runs.
+
+        Raises:
+            ServerError: one of them is refused, or SGLang or the hook is not installed.
+
+        """
+        options = self.installed(environment).options
+        check_arguments(arguments, "SGLang's arguments", options)
         added = []
-        if not has_flag(arguments, ONE_WINDOW_A_BATCH):
+        if not has_flag(arguments, ONE_WINDOW_A_BATCH, options):
             added += [ONE_WINDOW_A_BATCH, "1"]
-        if self.dtype != "auto" and not has_flag(arguments, "--dtype"):
+        if self.dtype != "auto" and not has_flag(arguments, "--dtype", options):
             added += ["--dtype", self.dtype]
-        if self.device == "cpu" and not has_flag(arguments, "--device"):
+        if self.device == "cpu" and not has_flag(arguments, "--device", options):
             added += ["--device", "cpu"]
-        if self.trust_remote_code and not has_flag(arguments, "--trust-remote-code"):
+        if self.trust_remote_code and not has_flag(arguments, "--trust-remote-code", options):
             added += ["--trust-remote-code"]
         return [*arguments, *added]
 
@@ -132,12 +150,11 @@ class ServerPool:
             ServerError: it does not boot.
 
         """
-        completed = self.complete(arguments)
+        completed = self.complete(arguments, environment)
         key = (model.source, model.revision, tuple(completed), tuple(sorted(environment.items())))
         for running in self._running:
             if running.key == key and running.server.exit_code is None:
                 return running.handle
-        self.installed(environment)
         running = self._boot(key, model, completed, environment)
         self._running.append(running)
         return running.handle
@@ -159,7 +176,8 @@ class ServerPool:
         self, key: tuple[object, ...], model: ModelSpec, arguments: Sequence[str], environment: Mapping[str, str]
     ) -> _Running:
         variables = {**os.environ, **environment}
-        needed, gpus = gpus_needed(arguments), visible_gpus(variables)
+        options = self.installed(environment).options
+        needed, gpus = gpus_needed(arguments, options), visible_gpus(variables)
         if not gpus:
             needed = 0
         self._make_room(needed, len(gpus))
@@ -269,4 +287,4 @@ def _ask(command: Sequence[str], variables: Mapping[str, str]) -> Installed:
         )
     if not told["hooked"]:
         raise ServerError(told["why_not"])
-    return Installed(versions=told["versions"], devices=tuple(told["devices"]))
+    return Installed(versions=told["versions"], devices=tuple(told["devices"]), options=told["options"])
