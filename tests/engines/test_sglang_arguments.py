@@ -134,11 +134,8 @@ def test_flags_that_may_choose_other_kernels_are_in_the_key(given: str) -> None:
 
 
 def test_of_a_flag_that_is_given_twice_the_last_counts_so_the_order_is_in_the_key() -> None:
-    one, other = (
-        "--attention-backend triton --attention-backend fa3",
-        "--attention-backend fa3 --attention-backend triton",
-    )
-    assert numeric_arguments(shlex.split(one)) != numeric_arguments(shlex.split(other))
+    triton, fa3 = ["--attention-backend", "triton"], ["--attention-backend", "fa3"]
+    assert numeric_arguments([*triton, *fa3]) != numeric_arguments([*fa3, *triton])
 
 
 def test_a_file_that_a_flag_names_is_in_the_key_by_its_contents(tmp_path: Path) -> None:

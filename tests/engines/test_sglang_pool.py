@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from made import made_result
+from nvidia_smi import put_on_path
+from scripted_sglang import GOOD, make_pool, started
+from sglang_cpu.releases import CUSTOM_ALL_REDUCE, unpack
 
 from pytest_kld import __version__
 from pytest_kld.engines.sglang.engine import SGLangEngine
 from pytest_kld.engines.sglang.pool import LAUNCH, ServerPool
 from pytest_kld.errors import ServerError
 from pytest_kld.hook.protocol import PROTOCOL
-from pytest_kld.progress import Silent
 from pytest_kld.subjects.model import ModelSpec
 from pytest_kld.subjects.subject import Subject
-
-GOOD = {
-    "protocol": PROTOCOL,
-    "pytest_kld": __version__,
-    "versions": {"sglang": "0.5.23"},
-    "devices": ["NVIDIA H100"],
-    "options": None,
-    "hooked": True,
-    "why_not": None,
-}
 
 
 def pool_that_is_told(told: object, tmp_path: Path) -> ServerPool:
@@ -34,16 +28,7 @@ def pool_that_is_told(told: object, tmp_path: Path) -> ServerPool:
     text = told if isinstance(told, str) else json.dumps(told)
     interpreter.write_text(f"#!/bin/sh\necho 'a banner'\ncat <<'END'\n{text}\nEND\n")
     interpreter.chmod(0o755)
-    return ServerPool(
-        command=(str(interpreter), *LAUNCH),
-        capture_dir=tmp_path / "spool",
-        log_dir=tmp_path / "logs",
-        startup_timeout=5,
-        dtype="auto",
-        device="auto",
-        trust_remote_code=False,
-        progress=Silent(),
-    )
+    return make_pool(tmp_path, (str(interpreter), *LAUNCH))
 
 
 def test_versions_and_devices_are_asked_for_once(tmp_path: Path) -> None:
@@ -139,3 +124,54 @@ def test_graphs_and_remote_code_are_in_the_fingerprint(tmp_path: Path) -> None:
     assert fingerprint(tmp_path, "--disable-cuda-graph") != plain
     assert fingerprint(tmp_path, "--cuda-graph-bs", "1", "2") != plain
     assert fingerprint(tmp_path, trust=True) != plain
+
+
+MODEL = ModelSpec(name="org/model")
+UUIDS = ("GPU-11aa", "GPU-22bb", "GPU-33cc", "GPU-44dd")
+
+
+def test_a_booted_server_is_shown_its_gpus_by_number_and_leases_them_by_uuid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_on_path(tmp_path, monkeypatch, *UUIDS)
+    monkeypatch.setattr("pytest_kld.engines.sglang.pool.lease_directory", lambda: tmp_path)
+    pool = make_pool(tmp_path)
+    try:
+        handle = pool.get(MODEL, ["--tp", "2"], {"CUDA_VISIBLE_DEVICES": "GPU-44dd,1"})
+        told = started(pool)
+    finally:
+        pool.close()
+    assert handle.gpus == ("GPU-44dd", "GPU-22bb")
+    shown = told["environment"]["CUDA_VISIBLE_DEVICES"]
+    assert shown == "3,1"
+    assert told["environment"]["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    for release in ("0.5.9", "0.5.15.post1"):
+        assert sglang_parses(unpack(release, tmp_path / release), shown) == [3, 1]
+        with pytest.raises(ValueError, match="invalid literal"):
+            sglang_parses(tmp_path / release, "GPU-44dd,GPU-22bb")
+
+
+def sglang_parses(packages: Path, shown: str) -> list[int]:
+    """Run the lines of SGLang's own all-reduce that read CUDA_VISIBLE_DEVICES."""
+    for path in sorted((packages / CUSTOM_ALL_REDUCE).parent.glob("custom_all_reduce*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.If) and ast.unparse(node).startswith("if cuda_visible_devices:\n    device_ids ="):
+                names: dict[str, Any] = {"cuda_visible_devices": shown}
+                exec(compile(ast.Module(body=node.body, type_ignores=[]), str(path), "exec"), names)
+                return list(names["device_ids"])
+    raise AssertionError("this release reads CUDA_VISIBLE_DEVICES in another way")
+
+
+def test_gpus_that_have_only_a_name_are_passed_on_and_the_reports_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_on_path(tmp_path, monkeypatch, *UUIDS)
+    whole = fingerprint(tmp_path, "--tp", "2")
+    assert whole["notes"] == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1,MIG-2")
+    sliced = fingerprint(tmp_path, "--tp", "2")
+    assert ["custom all-reduce is off" in note for note in sliced["notes"]] == [True]
+    assert fingerprint(tmp_path, "--tp", "1")["notes"] == []
+    about = {"reference": {"key": {"engine": sliced}}, "candidate": {"key": {"engine": whole}}}
+    (note,) = made_result("candidate", about={**about, "protocol": {}}).notes
+    assert note.startswith("the reference: the GPUs are visible by UUID only")

@@ -21,7 +21,7 @@ import argparse, json
 from sglang.srt.server_args import ServerArgs
 parser = argparse.ArgumentParser()
 ServerArgs.add_cli_args(parser)
-print(json.dumps({o: [a.option_strings[0], a.dest] for a in parser._actions for o in a.option_strings if o[:2] == "--"}))
+print(json.dumps({flag: [a.option_strings[0], a.dest] for a in parser._actions for flag in a.option_strings}))
 """
 
 
@@ -58,6 +58,6 @@ def test_the_flags_are_those_of_the_parser_itself(environment: SGLangEnvironment
     command = [str(environment.python), "-c", PARSER]
     run = subprocess.run(command, env=environment.variables, capture_output=True, text=True, check=True)
     told = json.loads(run.stdout.splitlines()[-1])
-    parsed = {flag: tuple(meant) for flag, meant in told.items() if flag != "--help" and not flag.startswith("--no-")}
+    parsed = {flag: tuple(meant) for flag, meant in told.items() if not flag.startswith(("-h", "--help", "--no-"))}
     (root,) = Path(environment.python).parents[1].glob("lib/python*/site-packages/sglang")
     assert read_options(root) == parsed

@@ -23,6 +23,10 @@ OVERLAYS = {
 """What each release pins."""
 CUSTOM_ALL_REDUCE = "sglang/srt/distributed/device_communicators/custom_all_reduce"
 """The files of SGLang's own all-reduce, which parse CUDA_VISIBLE_DEVICES."""
+_UNPACKED = (
+    *("sglang/_version.py", "sglang/__init__.py", "sglang/version.py", "sglang/srt/plugins/"),
+    *("sglang/srt/server_args.py", "sglang/srt/arg_groups/fields/", CUSTOM_ALL_REDUCE),
+)
 _FLAGS = {
     "0.5.9": (),
     "0.5.10.post1": ("--disable-piecewise-cuda-graph",),
@@ -66,10 +70,7 @@ def unpack(release: str, directory: Path) -> Path:
     (wheel,) = cached(f"sglang-wheel-{release}", f"{sys.version}\n{release}", make).glob("*.whl")
     with ZipFile(wheel) as archive:
         for name in archive.namelist():
-            if name.startswith(
-                ("sglang/_version.py", "sglang/__init__.py", "sglang/version.py", "sglang/srt/plugins/")
-                + ("sglang/srt/server_args.py", "sglang/srt/arg_groups/fields/", CUSTOM_ALL_REDUCE)
-            ):
+            if name.startswith(_UNPACKED):
                 archive.extract(name, directory)
         archive.extract("sglang/srt/model_executor/model_runner.py", directory)
     return directory

@@ -63,6 +63,7 @@ class SGLangEngine:
             "devices": list(installed.devices),
             "arguments": numeric_arguments(completed, installed.options),
             "environment": numeric_environment(os.environ, environment),
+            "notes": self.servers.notes(completed, environment),
         }
 
     def _running(self, url: str, subject: Subject) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from pytest_kld.engines.sglang.arguments import (
 from pytest_kld.engines.sglang.hints import hint
 from pytest_kld.errors import ServerError
 from pytest_kld.hook.protocol import CAPTURE_DIR_VARIABLE, PROTOCOL
-from pytest_kld.servers.leases import lease, lease_directory, visible_gpus
+from pytest_kld.servers.leases import lease, lease_directory, only_by_name, visibility, visible_gpus
 from pytest_kld.servers.server import Server, ServerCommand, free_port
 
 if TYPE_CHECKING:
@@ -159,6 +159,16 @@ class ServerPool:
         self._running.append(running)
         return running.handle
 
+    def notes(self, arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+        """Return what a reader of the figures should know about how a server with these flags runs here."""
+        gpus = visible_gpus({**os.environ, **environment})
+        if gpus_needed(arguments, self.installed(environment).options) > 1 and only_by_name(gpus):
+            return [
+                "the GPUs are visible by UUID only (MIG, or a container that hides their numbers), so SGLang's custom "
+                "all-reduce is off and other kernels are measured than on whole GPUs"
+            ]
+        return []
+
     def failure(self, handle: ServerHandle, what: str) -> ServerError:
         """Return an error about a server, with the end of its log."""
         for running in self._running:
@@ -186,7 +196,7 @@ class ServerPool:
             if needed:
                 note = f"waiting for {needed} free GPUs"
                 held = stack.enter_context(lease(needed, gpus, lease_directory(), lambda: self.progress.note(note)))
-                variables["CUDA_VISIBLE_DEVICES"] = ",".join(held)
+                variables |= visibility(held)
             self.capture_dir.mkdir(parents=True, exist_ok=True)
             variables[CAPTURE_DIR_VARIABLE] = str(self.capture_dir)
             port = free_port()
