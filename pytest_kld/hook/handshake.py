@@ -29,6 +29,7 @@ _SERVER_ARGUMENTS = (
     "pp_size",
     "dp_size",
     "enable_dp_attention",
+    "attn_dp_size",
     "device",
 )
 
@@ -62,10 +63,21 @@ def write_handshake(run: Path, runner: Any, processor: Any, head: dict[str, Any]
             "dtype": str(config.dtype).removeprefix("torch."),
             "quantization": None if quantization is None else str(quantization),
             "head": head,
+            "dp_attention": runs_dp_attention(processor),
             "environment": numeric_environment(os.environ),
             "arguments": {name: _plain(getattr(arguments, name, None)) for name in _SERVER_ARGUMENTS},
         },
     )
+
+
+def runs_dp_attention(processor: Any) -> bool | None:
+    """Tell whether the running processor's rows are of several attention groups, each with requests of its own.
+
+    It gathers the rows of all groups before the head (`do_tensor_parallel_all_gather_dp_attn`), or each group has a
+    head of its own (`use_attn_tp_group`). None if it says neither.
+    """
+    said = [getattr(processor, name, None) for name in ("do_tensor_parallel_all_gather_dp_attn", "use_attn_tp_group")]
+    return None if said == [None, None] else any(said)
 
 
 def describe_head(processor: Any, head: Any) -> dict[str, Any]:

@@ -32,13 +32,14 @@ from pytest_kld.errors import CaptureError, ServerError
 from pytest_kld.hook.protocol import CaptureRequest, new_run, request_id, write_json_whole
 from pytest_kld.kernel.head import check_head
 from pytest_kld.progress import Silent
+from pytest_kld.servers.server import Server, ServerCommand, free_port
 from pytest_kld.subjects.model import ModelSpec
 from pytest_kld.text.corpus import load_corpus
 from pytest_kld.text.windows import Windows, cut_windows, load_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.sglang]
 
-SIZE = 256
+SIZE = CHUNK = 256
 ROWS = [SIZE // 2, SIZE - 1]
 Boot = Callable[..., "Served"]
 
@@ -252,6 +253,18 @@ def test_batches_chunked_prefill_and_chunked_logits_are_put_together(
         assert (one.hidden.float() - other.hidden.float()).abs().max() < 0.1
 
 
+def test_chunks_of_sglang_s_own_log_probs_change_no_bit(boot: Boot, llama_dir: Path) -> None:
+    """Windows of 512 tokens: two chunks by default, as pytest-kld boots it, and one if it is told so."""
+    tokenizer = load_tokenizer(ModelSpec.parse(str(llama_dir), Path()), trust_remote_code=False)
+    corpus = load_corpus("python-docs", Path())
+    windows = cut_windows(corpus, tokenizer, count=2, size=2 * CHUNK, stride=2 * CHUNK, label="llama")
+    rows = [CHUNK - 1, CHUNK, 2 * CHUNK - 1]
+    chunked = boot(llama_dir).capture(windows, rows)
+    whole = boot(llama_dir, SGLANG_LOGPROB_CHUNK_SIZE="2048").capture(windows, rows)
+    assert len(chunked) == windows.count
+    assert_same(chunked, whole)
+
+
 def test_three_requests_in_one_batch_and_one_that_is_not_ours(
     served: Served, text: Windows, captured: list[Prefill]
 ) -> None:
@@ -323,6 +336,45 @@ def test_a_draft_model_never_reaches_a_capture(boot: Boot, make_model: MakeModel
     assert not list(run.glob("error-*"))
     handshake = json.loads((run / "handshake.json").read_text())
     assert handshake["arguments"]["speculative_algorithm"] == "STANDALONE"
+
+
+@pytest.mark.parametrize("flags", [("--attn-dp-size", "2"), ("--dp-size", "2", "--enable-dp-attention")])
+def test_a_running_server_with_data_parallel_attention_is_refused_by_what_it_does(
+    flags: tuple[str, ...], environment: SGLangEnvironment, llama_dir: Path, tmp_path: Path
+) -> None:
+    """Started by somebody else, so that no flag of ours was checked. Either group may get the request."""
+    port, spool = free_port(), tmp_path / "spool"
+    spool.mkdir()
+    server = Server(
+        ServerCommand(
+            argv=[
+                *(str(environment.python), "-m", "sglang.launch_server", "--model-path", str(llama_dir)),
+                *("--host", "127.0.0.1", "--port", str(port), *environment.flags, "--tp", "2", *flags),
+                *("--attention-backend", "triton"),  # the other one for a CPU knows no such attention
+            ],
+            environment={
+                **{**os.environ, **environment.variables, "PYTEST_KLD_CAPTURE_DIR": str(spool)},
+                **{"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
+            },
+            url=f"http://127.0.0.1:{port}",
+            health="/health",
+            log=tmp_path / "server.log",
+            startup_timeout=300,
+        )
+    )
+    try:
+        for _ in range(2):
+            with pytest.raises(ServerError, match="runs data-parallel attention, which cannot be captured"):
+                ServedModel.connect(
+                    server.url,
+                    model=ModelSpec(name=str(llama_dir)),
+                    pool=None,
+                    server=None,
+                    capture_dir=spool,
+                    api_key=None,
+                )
+    finally:
+        server.stop()
 
 
 def test_a_server_without_the_hook_is_an_error_that_says_how_to_put_it_in(
@@ -400,8 +452,6 @@ def test_a_running_server_with_a_key_is_used_by_its_url(
     shared = pytester.path / "shared"
     shared.mkdir()
     log = pytester.path / "server.log"
-    from pytest_kld.servers.server import Server, ServerCommand, free_port
-
     port = free_port()
     server = Server(
         ServerCommand(

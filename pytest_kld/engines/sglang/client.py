@@ -261,8 +261,12 @@ class ServedModel:
                 f"{told['protocol']}), and this is {__version__} (protocol {PROTOCOL}): install the same version on "
                 "both sides."
             )
-        if told["arguments"]["enable_dp_attention"]:
-            raise ServerError(f"the server {self.url} runs data-parallel attention, which cannot be captured.")
+        arguments = told["arguments"]
+        if told["dp_attention"] or arguments["enable_dp_attention"] or (arguments["attn_dp_size"] or 1) > 1:
+            raise ServerError(
+                f"the server {self.url} runs data-parallel attention, which cannot be captured: the head's input holds "
+                "rows of other ranks' requests. Start it with --tp alone, or with --dp-size without it."
+            )
         names = {str(told["arguments"][name]).rstrip("/") for name in ("model_path", "served_model_name")}
         if not any(_same_model(model, name) for name in names):
             raise ServerError(
