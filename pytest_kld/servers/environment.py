@@ -53,10 +53,11 @@ def numeric_environment(environ: Mapping[str, str], given: Mapping[str, str] | N
 
     """
     inherited = {name: value for name, value in environ.items() if name.startswith(_PREFIXES) and name not in _LEFT_OUT}
-    return {name: _shown(name, value) for name, value in sorted({**inherited, **(given or {})}.items())}
+    return {name: shown(name, value) for name, value in sorted({**inherited, **(given or {})}.items())}
 
 
-def _shown(name: str, value: str) -> str:
+def shown(name: str, value: str) -> str:
+    """Return a variable's value, or a digest if its name says that it is a secret."""
     if _SECRET_WORDS.isdisjoint(name.upper().split("_")):
         return value
     return f"sha256:{hashlib.sha256(value.encode(errors='surrogateescape')).hexdigest()[:_DIGEST_CHARACTERS]}"

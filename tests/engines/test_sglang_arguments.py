@@ -200,6 +200,8 @@ def test_a_command_must_end_with_the_launcher() -> None:
     ("log", "advice"),
     [
         ("torch.OutOfMemoryError: CUDA out of memory", "mem-fraction-static"),
+        ("layers/logprob_processor.py\nCUDA out of memory. Tried to allocate 1.16 GiB", "SGLANG_LOGPROB_CHUNK_SIZE"),
+        ("layers/logits_processor.py\ntorch.OutOfMemoryError", "SGLANG_LOGITS_PROCESSER_CHUNK_SIZE"),
         ("launch_server.py: error: unrecognized arguments: --foo", "--kld-ref-args"),
         ("KeyError: 'model.layers.0.mlp.experts.w13_weight'", "20439"),
         ("OSError: [Errno 98] Address already in use", "port"),

@@ -175,3 +175,30 @@ def test_gpus_that_have_only_a_name_are_passed_on_and_the_reports_say_so(
     about = {"reference": {"key": {"engine": sliced}}, "candidate": {"key": {"engine": whole}}}
     (note,) = made_result("candidate", about={**about, "protocol": {}}).notes
     assert note.startswith("the reference: the GPUs are visible by UUID only")
+
+
+CHUNKS = {
+    "SGLANG_ENABLE_LOGITS_PROCESSER_CHUNK": "1",
+    "SGLANG_LOGITS_PROCESSER_CHUNK_SIZE": "256",
+    "SGLANG_LOGPROB_CHUNK_SIZE": "256",
+}
+
+
+def test_sglang_makes_its_own_log_probs_in_chunks_unless_it_was_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make_pool(tmp_path)
+    try:
+        pool.get(MODEL, ["--device", "cpu"], {})
+        assert CHUNKS.items() <= started(pool)["environment"].items()
+        pool.get(MODEL, ["--device", "cpu"], {"SGLANG_LOGPROB_CHUNK_SIZE": "1024"})
+        told = started(pool)["environment"]
+    finally:
+        pool.close()
+    assert {name: value for name, value in told.items() if name in CHUNKS} == {"SGLANG_LOGPROB_CHUNK_SIZE": "1024"}
+    assert CHUNKS.items() <= fingerprint(tmp_path)["environment"].items()
+    monkeypatch.setenv("SGLANG_LOGITS_PROCESSER_CHUNK_SIZE", "512")
+    inherited = fingerprint(tmp_path)["environment"]
+    assert {name: value for name, value in inherited.items() if name in CHUNKS} == {
+        "SGLANG_LOGITS_PROCESSER_CHUNK_SIZE": "512"
+    }

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pytest_kld.errors import ServerError
+from pytest_kld.servers.environment import shown
+from pytest_kld.servers.launchers import check_launcher
 from pytest_kld.subjects.subject import MOE_BACKEND
 
 Options = Mapping[str, Sequence[str]]
@@ -90,6 +94,8 @@ memory and scheduling (`--mem-fraction-static`, `--max-total-tokens`, `--max-run
 `--disable-radix-cache`, `--schedule-policy`, `--chunked-prefill-size`), since SGLang derives graph sizes, chunks and
 backends from them; `--trust-remote-code`, since it decides which code is the model.
 """
+_VARIABLE = re.compile(r"(--env=|-e)?([A-Za-z_]\w*)=(.*)", flags=re.DOTALL)
+"""A variable that a container is given with its value."""
 _DIGESTED_BYTES = 64 << 20
 """Files that flags name are part of the key by their contents up to this size."""
 
@@ -214,6 +220,15 @@ def _with_contents(value: str) -> str:
         return value
 
 
+def command_in_key(command: Sequence[str]) -> list[str]:
+    """Return the words of the command that starts SGLang, for the cache key; of a secret among them a digest."""
+
+    def digested(found: re.Match[str]) -> str:
+        return f"{found[1] or ''}{found[2]}={shown(found[2], found[3])}"
+
+    return [_VARIABLE.sub(digested, word) for word in command]
+
+
 def has_flag(arguments: Sequence[str], name: str, options: Options | None = None) -> bool:
     """Tell whether a flag is given, in whatever spelling."""
     return any(given == name for given, _ in _in_full(arguments, options))
@@ -223,7 +238,7 @@ def parse_command(text: str) -> tuple[str, ...]:
     """Split the command that starts SGLang.
 
     Raises:
-        ValueError: it does not end with `-m sglang.launch_server`.
+        ValueError: it does not end with `-m sglang.launch_server`, or cannot work as a container or a job step.
 
     """
     words = tuple(shlex.split(text))
@@ -232,4 +247,5 @@ def parse_command(text: str) -> tuple[str, ...]:
             f"expected a command that ends with `{' '.join(LAUNCH)}`, such as `/opt/sglang/bin/python -m "
             f"sglang.launch_server` or `docker run … python -m sglang.launch_server`, got {text!r}"
         )
+    check_launcher(words, os.environ)
     return words

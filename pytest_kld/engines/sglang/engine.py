@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_kld.engines import ModelFacts
 from pytest_kld.engines.checkpoint import read_facts
-from pytest_kld.engines.sglang.arguments import check_arguments, numeric_arguments
+from pytest_kld.engines.sglang.arguments import check_arguments, command_in_key, numeric_arguments
 from pytest_kld.engines.sglang.client import ServedModel
 from pytest_kld.engines.sglang.description import server_description
-from pytest_kld.servers.environment import numeric_environment
+from pytest_kld.engines.sglang.pool import default_command
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,13 +55,15 @@ class SGLangEngine:
             return {"engine": "sglang", **self._running(url, subject)}
         environment = subject.environment
         installed = self.servers.installed(environment)
+        command = tuple(self.servers.command)
         completed = self.servers.complete(subject.arguments.get("args", ()), environment)
         return {
             "engine": "sglang",
             "versions": installed.versions,
             "devices": list(installed.devices),
+            "command": None if command == default_command() else command_in_key(command),
             "arguments": numeric_arguments(completed, installed.options),
-            "environment": numeric_environment(os.environ, environment),
+            "environment": self.servers.environment(environment),
             "notes": self.servers.notes(completed, environment),
         }
 

@@ -26,6 +26,8 @@ from pytest_kld.engines.sglang.arguments import (
 from pytest_kld.engines.sglang.hints import hint
 from pytest_kld.errors import ServerError
 from pytest_kld.hook.protocol import CAPTURE_DIR_VARIABLE, PROTOCOL
+from pytest_kld.servers.environment import numeric_environment
+from pytest_kld.servers.launchers import inherited, kill_command, with_environment
 from pytest_kld.servers.leases import lease, lease_directory, only_by_name, visibility, visible_gpus
 from pytest_kld.servers.server import Server, ServerCommand, free_port
 
@@ -35,6 +37,16 @@ if TYPE_CHECKING:
 
 _QUESTION_TIMEOUT_SECONDS = 300
 _KEPT_LOGS = 50
+_CHUNKS = {
+    "SGLANG_ENABLE_LOGITS_PROCESSER_CHUNK": "1",
+    "SGLANG_LOGITS_PROCESSER_CHUNK_SIZE": "256",
+    "SGLANG_LOGPROB_CHUNK_SIZE": "256",
+}
+"""SGLang makes its own log-probs of this many rows at a time, by the names of older and newer releases.
+
+By default it makes those of a whole window at once: 3 to 4.4 GB for 2,048 tokens of a vocabulary of 152,064.
+"""
+_CHUNK_SWITCH = "SGLANG_ENABLE_LOGPROB_CHUNK"
 _SECONDS_BETWEEN_NOTES = 30.0
 
 
@@ -111,7 +123,8 @@ class ServerPool:
         """
         key = tuple(sorted(environment.items()))
         if key not in self._installed:
-            self._installed[key] = _ask(self.command, {**os.environ, **environment})
+            variables = {**os.environ, **environment}
+            self._installed[key] = _ask(with_environment(self.command, environment, variables), variables)
         return self._installed[key]
 
     def complete(self, arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
@@ -159,6 +172,20 @@ class ServerPool:
         self._running.append(running)
         return running.handle
 
+    def variables(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """Return the variables of a server on top of this process's: the user's, and ours if the user has not chosen.
+
+        Args:
+            environment: the user's.
+
+        """
+        chosen = any(name in environment or name in os.environ for name in (*_CHUNKS, _CHUNK_SWITCH))
+        return dict(environment) if chosen else {**environment, **_CHUNKS}
+
+    def environment(self, given: Mapping[str, str]) -> dict[str, str]:
+        """Return all variables that reach a server and may change its numbers, for the key."""
+        return numeric_environment(inherited(self.command, os.environ), self.variables(given))
+
     def notes(self, arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
         """Return what a reader of the figures should know about how a server with these flags runs here."""
         gpus = visible_gpus({**os.environ, **environment})
@@ -185,7 +212,7 @@ class ServerPool:
     def _boot(
         self, key: tuple[object, ...], model: ModelSpec, arguments: Sequence[str], environment: Mapping[str, str]
     ) -> _Running:
-        variables = {**os.environ, **environment}
+        variables = {**os.environ, **self.variables(environment)}
         options = self.installed(environment).options
         needed, gpus = gpus_needed(arguments, options), visible_gpus(variables)
         if not gpus:
@@ -200,14 +227,19 @@ class ServerPool:
             self.capture_dir.mkdir(parents=True, exist_ok=True)
             variables[CAPTURE_DIR_VARIABLE] = str(self.capture_dir)
             port = free_port()
+            log = self._new_log(model)
+            forwarded = (*self.variables(environment), *visibility(held), CAPTURE_DIR_VARIABLE)
+            cidfile, kill = log.with_suffix(".cid"), kill_command(self.command)
+            launch = with_environment(self.command, forwarded, variables, cidfile)
             command = ServerCommand(
-                argv=[*self.command, *_address(model, port), *arguments],
+                argv=[*launch, *_address(model, port), *arguments],
                 environment=variables,
                 url=f"http://127.0.0.1:{port}",
                 health="/health",
-                log=self._new_log(model),
+                log=log,
                 startup_timeout=self.startup_timeout,
                 hint=hint,
+                container=(cidfile, kill) if kill else None,
             )
             self.progress.note(f"booting SGLang for {model.label}, log {command.log}")
             started = time.monotonic()
