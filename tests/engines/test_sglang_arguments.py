@@ -73,6 +73,8 @@ def test_flags_are_split_in_all_their_spellings() -> None:
         ("--enable-dp-attention", "other ranks"),
         ("--load-format dummy", "random"),
         ("--load-format=dummy", "random"),
+        ("--speculative-algorithm UNO", "refuses requests for log-probs"),
+        ("--speculative-alg uno", "refuses requests for log-probs"),
         ("--nnodes 2", "--kld-ref-url"),
         ("--lora-paths a=b", "merge the adapter"),
         ("--enable-mixed-chunk", "decoding"),

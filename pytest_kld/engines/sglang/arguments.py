@@ -46,6 +46,8 @@ _SPOIL = {
 }
 _SPOIL_VALUES = {
     ("--load-format", "dummy"): "the weights would be random",
+    ("--speculative-algorithm", "uno"): "it refuses requests for log-probs, which a capture needs; leave out "
+    "--speculative-*, which changes no logit of a prefill",
 }
 _HARMLESS_VALUES = {
     ("--attn-dp-size", "1"),
@@ -160,7 +162,8 @@ def _reason(name: str, values: Sequence[str], options: Options | None) -> str | 
     """Return why a flag in full is refused, or None."""
     if any((name, value) in _HARMLESS_VALUES for value in values):
         return None
-    spoiling = next((why for (flag, value), why in _SPOIL_VALUES.items() if flag == name and value in values), None)
+    lowered = [value.lower() for value in values]
+    spoiling = next((why for (flag, value), why in _SPOIL_VALUES.items() if flag == name and value in lowered), None)
     field = (options or {}).get(name, ("", ""))[1]
     lora = _LORA if name.startswith("--lora-") else None
     return spoiling or _REFUSED.get(name) or _REFUSED_FIELDS.get(field) or lora

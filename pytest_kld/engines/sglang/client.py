@@ -20,6 +20,7 @@ from torch import Tensor
 from pytest_kld import __version__
 from pytest_kld.engines import ModelFacts, Prefill
 from pytest_kld.engines.sglang.description import headers
+from pytest_kld.engines.sglang.hints import hint
 from pytest_kld.engines.sglang.pieces import covers, first_row, join, narrow, reaches, read_piece
 from pytest_kld.errors import CaptureError, ServerError
 from pytest_kld.hook.protocol import (
@@ -182,7 +183,9 @@ class ServedModel:
         except requests.RequestException as error:
             raise self._failure(f"{what}: the server {self.url} does not answer: {error}") from error
         if answer.status_code != requests.codes.ok:
-            raise self._failure(f"{what}: the server answered {answer.status_code}: {answer.text[:500]}")
+            advice = hint(answer.text)
+            quoted = answer.text[:500] + (f"\nhint: {advice}" if advice else "")
+            raise self._failure(f"{what}: the server answered {answer.status_code}: {quoted}")
         told: dict[str, Any] = answer.json()
         meta = told["meta_info"]
         if meta["id"] != body["rid"] or meta["prompt_tokens"] != len(token_ids):
