@@ -32,7 +32,6 @@ from pytest_kld.errors import CaptureError, ServerError
 from pytest_kld.hook.protocol import CaptureRequest, new_run, request_id, write_json_whole
 from pytest_kld.kernel.head import check_head
 from pytest_kld.progress import Silent
-from pytest_kld.servers.server import Server, ServerCommand, free_port
 from pytest_kld.subjects.model import ModelSpec
 from pytest_kld.text.corpus import load_corpus
 from pytest_kld.text.windows import Windows, cut_windows, load_tokenizer
@@ -338,45 +337,6 @@ def test_a_draft_model_never_reaches_a_capture(boot: Boot, make_model: MakeModel
     assert handshake["arguments"]["speculative_algorithm"] == "STANDALONE"
 
 
-@pytest.mark.parametrize("flags", [("--attn-dp-size", "2"), ("--dp-size", "2", "--enable-dp-attention")])
-def test_a_running_server_with_data_parallel_attention_is_refused_by_what_it_does(
-    flags: tuple[str, ...], environment: SGLangEnvironment, llama_dir: Path, tmp_path: Path
-) -> None:
-    """Started by somebody else, so that no flag of ours was checked. Either group may get the request."""
-    port, spool = free_port(), tmp_path / "spool"
-    spool.mkdir()
-    server = Server(
-        ServerCommand(
-            argv=[
-                *(str(environment.python), "-m", "sglang.launch_server", "--model-path", str(llama_dir)),
-                *("--host", "127.0.0.1", "--port", str(port), *environment.flags, "--tp", "2", *flags),
-                *("--attention-backend", "triton"),  # the other one for a CPU knows no such attention
-            ],
-            environment={
-                **{**os.environ, **environment.variables, "PYTEST_KLD_CAPTURE_DIR": str(spool)},
-                **{"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
-            },
-            url=f"http://127.0.0.1:{port}",
-            health="/health",
-            log=tmp_path / "server.log",
-            startup_timeout=300,
-        )
-    )
-    try:
-        for _ in range(2):
-            with pytest.raises(ServerError, match="runs data-parallel attention, which cannot be captured"):
-                ServedModel.connect(
-                    server.url,
-                    model=ModelSpec(name=str(llama_dir)),
-                    pool=None,
-                    server=None,
-                    capture_dir=spool,
-                    api_key=None,
-                )
-    finally:
-        server.stop()
-
-
 def test_a_server_without_the_hook_is_an_error_that_says_how_to_put_it_in(
     boot: Boot, llama_dir: Path, environment: SGLangEnvironment
 ) -> None:
@@ -452,6 +412,8 @@ def test_a_running_server_with_a_key_is_used_by_its_url(
     shared = pytester.path / "shared"
     shared.mkdir()
     log = pytester.path / "server.log"
+    from pytest_kld.servers.server import Server, ServerCommand, free_port
+
     port = free_port()
     server = Server(
         ServerCommand(

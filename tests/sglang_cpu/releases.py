@@ -26,6 +26,7 @@ CUSTOM_ALL_REDUCE = "sglang/srt/distributed/device_communicators/custom_all_redu
 _UNPACKED = (
     *("sglang/_version.py", "sglang/__init__.py", "sglang/version.py", "sglang/srt/plugins/"),
     *("sglang/srt/server_args.py", "sglang/srt/arg_groups/fields/", CUSTOM_ALL_REDUCE),
+    "sglang/srt/layers/logits_processor.py",
 )
 _FLAGS = {
     "0.5.9": (),
