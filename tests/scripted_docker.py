@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def daemon(address: str) -> None:
         server.listen()
         while True:
             connection, _ = server.accept()
-            with connection:
+            with connection, suppress(ValueError, OSError):  # the client was ended in the middle
                 question = json.loads(connection.makefile().readline())
                 connection.sendall(json.dumps(answer(question, containers)).encode() + b"\n")
 
