@@ -19,6 +19,8 @@ _UNSAFE = {"Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp"}
 """Unicode's categories of controls, formats, surrogates, what is unassigned or private, and ends of lines."""
 _BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
 """Letters and marks that show nothing and are of other categories."""
+_SECRET_WORDS = frozenset({"KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "CREDENTIALS"})
+_DIGEST_CHARACTERS = 12
 _SUSPECT = re.compile(r"[^\x20-\x7e]")
 
 
@@ -33,6 +35,15 @@ def plain(text: str, keep: str = "") -> str:
 
     """
     return _SUSPECT.sub(lambda match: match[0] if match[0] in keep else _shown(match[0]), text)
+
+
+def secret_digest(name: str, value: str) -> str:
+    """Return a variable's value, or a digest of it if its name says that it is a secret."""
+    if _SECRET_WORDS.isdisjoint(name.upper().split("_")):
+        return value
+    import hashlib
+
+    return f"sha256:{hashlib.sha256(value.encode(errors='surrogateescape')).hexdigest()[:_DIGEST_CHARACTERS]}"
 
 
 def without_surrogates(text: str) -> str:

@@ -244,6 +244,7 @@ def combine_checks(checks: list[HeadCheck]) -> HeadCheck:
         rows=rows,
         worst=max(check.worst for check in checks),
         mean_kl=sum(check.mean_kl * check.rows for check in checks if check.rows) / max(rows, 1),
+        dtype=" and ".join(sorted({check.dtype for check in checks})),
     )
 
 

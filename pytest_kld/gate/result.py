@@ -102,6 +102,8 @@ class GateResult:
                 f"{self.candidate.label} ran in {candidate} and the reference in {reference}: part of the divergence "
                 "is between the engines, about 2e-3 nats in bfloat16"
             )
+        for name, side in zip(("the reference", self.candidate), sides, strict=True):
+            found += [f"{name}: {note}" for note in (side or {}).get("notes", ())]
         return found
 
     def _vocabulary_notes(self) -> list[str]:

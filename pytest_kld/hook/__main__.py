@@ -10,13 +10,14 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 
 from pytest_kld import __version__
 from pytest_kld.errors import PatchError
+from pytest_kld.hook.options import read_options
 from pytest_kld.hook.patching import Installation, State
 from pytest_kld.hook.protocol import PROTOCOL
 from pytest_kld.servers.gpus import query_gpus
 
 
 def main() -> None:
-    """Print versions, GPUs, and whether the hook gets into SGLang."""
+    """Print versions, GPUs, the release's flags, and whether the hook gets into SGLang."""
     versions = {}
     for package in ("sglang", "torch", "transformers", "sgl-kernel", "flashinfer-python"):
         try:
@@ -29,10 +30,18 @@ def main() -> None:
         "pytest_kld": __version__,
         "versions": versions,
         "devices": query_gpus("name"),
+        "options": _options(),
         "hooked": why_not is None,
         "why_not": why_not,
     }
     print(json.dumps(told))
+
+
+def _options() -> dict[str, tuple[str, str]] | None:
+    try:
+        return read_options(Installation.find().root)
+    except PatchError:
+        return None
 
 
 def _why_not_hooked() -> str | None:

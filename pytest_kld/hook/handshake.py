@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from pytest_kld import __version__
 from pytest_kld.hook.protocol import HANDSHAKE_FILE, PROTOCOL, write_json_whole
+from pytest_kld.servers.environment import numeric_environment
 
 _PLAIN_METHODS = {None, "UnquantizedEmbeddingMethod", "UnquantizedLinearMethod", "PackWeightMethod"}
 """Quantization methods of a head that is a plain product."""
@@ -27,6 +29,7 @@ _SERVER_ARGUMENTS = (
     "pp_size",
     "dp_size",
     "enable_dp_attention",
+    "attn_dp_size",
     "device",
 )
 
@@ -41,7 +44,7 @@ def rank_of(runner: Any) -> int:
 
 
 def write_handshake(run: Path, runner: Any, processor: Any, head: dict[str, Any]) -> None:
-    """Write who answers: versions, model, numerics, head."""
+    """Write who answers: versions, model, numerics, head, environment."""
     from sglang.version import __version__ as sglang_version
 
     config, arguments = runner.model_config, runner.server_args
@@ -60,9 +63,21 @@ def write_handshake(run: Path, runner: Any, processor: Any, head: dict[str, Any]
             "dtype": str(config.dtype).removeprefix("torch."),
             "quantization": None if quantization is None else str(quantization),
             "head": head,
+            "dp_attention": runs_dp_attention(processor),
+            "environment": numeric_environment(os.environ),
             "arguments": {name: _plain(getattr(arguments, name, None)) for name in _SERVER_ARGUMENTS},
         },
     )
+
+
+def runs_dp_attention(processor: Any) -> bool | None:
+    """Tell whether the running processor's rows are of several attention groups, each with requests of its own.
+
+    It gathers the rows of all groups before the head (`do_tensor_parallel_all_gather_dp_attn`), or each group has a
+    head of its own (`use_attn_tp_group`). None if it says neither.
+    """
+    said = [getattr(processor, name, None) for name in ("do_tensor_parallel_all_gather_dp_attn", "use_attn_tp_group")]
+    return None if said == [None, None] else any(said)
 
 
 def describe_head(processor: Any, head: Any) -> dict[str, Any]:

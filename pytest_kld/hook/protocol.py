@@ -23,7 +23,7 @@ from typing import Any
 
 CAPTURE_DIR_VARIABLE = "PYTEST_KLD_CAPTURE_DIR"
 """The one environment variable: the directory. Without it the hook does nothing."""
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the ids and files below. The handshake carries it; both sides must have the same."""
 
 REQUEST_FILE = "request.json"

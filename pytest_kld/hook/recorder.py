@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_kld.hook.handshake import describe_head, head_part, rank_of, write_handshake
+from pytest_kld.hook.handshake import describe_head, head_part, rank_of, runs_dp_attention, write_handshake
 from pytest_kld.hook.protocol import (
     REQUEST_FILE,
     CaptureRequest,
@@ -183,7 +183,7 @@ class Recorder:
             if tensors is not None:
                 copies = {name: copy_to_host(tensor) for name, tensor in tensors.items()}
                 self._writer.put(Piece(run.path / head_file(current.rank), copies, metadata=where))
-        if current.rank == 0:
+        if current.rank == 0 or runs_dp_attention(processor):  # then rank 0 may never see this request
             write_handshake(run.path, current.runner, processor, description)
 
     def _keep(self, segment: Segment, start: int, stop: int, hidden: Tensor, logits: Tensor, offset: int) -> None:

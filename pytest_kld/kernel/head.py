@@ -124,12 +124,14 @@ class HeadCheck:
         rows: finite rows compared.
         worst: largest |difference| in units of what the engine's dtype can represent; at most 1 is faithful.
         mean_kl: mean KL(recomputed ‖ engine's) in nats: the engine's own rounding, if the head is faithful.
+        dtype: the dtype whose rounding was allowed for, e.g. `bfloat16`.
 
     """
 
     rows: int
     worst: float
     mean_kl: float
+    dtype: str
 
     @property
     def faithful(self) -> bool:
@@ -138,7 +140,7 @@ class HeadCheck:
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures for the manifest."""
-        return {"rows": self.rows, "worst": self.worst, "mean_kl_nats": self.mean_kl}
+        return {"rows": self.rows, "worst": self.worst, "mean_kl_nats": self.mean_kl, "tolerance_dtype": self.dtype}
 
 
 def check_head(head: Head, hidden: Tensor, engine_logits: Tensor) -> HeadCheck:
@@ -155,11 +157,12 @@ def check_head(head: Head, hidden: Tensor, engine_logits: Tensor) -> HeadCheck:
         engine_logits: [K, V] of the same rows, in the engine's dtype.
 
     """
+    dtype = str(engine_logits.dtype).removeprefix("torch.")
     finite = hidden.isfinite().all(-1)
     if not torch.equal(finite, engine_logits.isfinite().all(-1)):
-        return HeadCheck(rows=int(finite.sum()), worst=math.inf, mean_kl=math.inf)
+        return HeadCheck(rows=int(finite.sum()), worst=math.inf, mean_kl=math.inf, dtype=dtype)
     if not finite.any():
-        return HeadCheck(rows=0, worst=0.0, mean_kl=0.0)
+        return HeadCheck(rows=0, worst=0.0, mean_kl=0.0, dtype=dtype)
     hidden, engine_logits = hidden[finite], engine_logits[finite]
     exact = head.logits(hidden)
     width = math.sqrt(hidden.shape[1])
@@ -172,4 +175,4 @@ def check_head(head: Head, hidden: Tensor, engine_logits: Tensor) -> HeadCheck:
     difference = (exact - engine_logits.to(exact.dtype)).abs()
     worst = torch.where(difference == 0, 0.0, difference / tolerance).nan_to_num(nan=math.inf, posinf=math.inf).max()
     figures = divergence(exact, engine_logits, torch.full((len(exact),), -1, device=exact.device))
-    return HeadCheck(rows=len(exact), worst=float(worst), mean_kl=float(figures.kl.mean()))
+    return HeadCheck(rows=len(exact), worst=float(worst), mean_kl=float(figures.kl.mean()), dtype=dtype)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,15 @@ from pytest_kld.hook.protocol import CaptureRequest, new_run, request_id, write_
 from pytest_kld.kernel.head import check_head
 from pytest_kld.progress import Silent
 from pytest_kld.subjects.model import ModelSpec
+from pytest_kld.subjects.subject import Subject
 from pytest_kld.text.corpus import load_corpus
 from pytest_kld.text.windows import Windows, cut_windows, load_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.sglang]
 
 SIZE = 256
+CHUNK = 256
+"""Rows of which SGLang makes its own log-probs at a time, as pytest-kld boots it."""
 ROWS = [SIZE // 2, SIZE - 1]
 Boot = Callable[..., "Served"]
 
@@ -46,13 +49,13 @@ Boot = Callable[..., "Served"]
 class Served:
     """A booted server with the engine that booted it."""
 
-    def __init__(self, engine: SGLangEngine, model: ModelSpec, arguments: Mapping[str, Any]) -> None:
-        self.engine, self.model, self.arguments = engine, model, arguments
-        self.handle = engine.servers.get(model, arguments["args"], arguments["env"])
+    def __init__(self, engine: SGLangEngine, subject: Subject) -> None:
+        self.engine, self.subject = engine, subject
+        self.handle = engine.servers.get(subject.spec, subject.arguments["args"], subject.environment)
 
     @contextmanager
     def connected(self) -> Iterator[ServedModel]:
-        with self.engine.open(self.model, self.arguments) as loaded:
+        with self.engine.open(self.subject) as loaded:
             yield loaded
 
     def capture(self, windows: Windows, rows: Sequence[int] | None = ROWS) -> list[Prefill]:
@@ -90,8 +93,14 @@ def booting(environment: SGLangEnvironment, directory: Path) -> Iterator[Boot]:
         engine = SGLangEngine(
             servers=pool, capture_dir=directory / "spool", api_key=None, dtype="auto", trust_remote_code=False
         )
-        arguments = {"args": [*environment.flags, *flags], "env": {**environment.variables, **env}}
-        return Served(engine, ModelSpec.parse(str(model), Path()), arguments)
+        subject = Subject(
+            name=str(model),
+            model=ModelSpec.parse(str(model), Path()),
+            engine="sglang",
+            arguments={"args": [*environment.flags, *flags]},
+            environment={**environment.variables, **env},
+        )
+        return Served(engine, subject)
 
     try:
         yield boot
@@ -252,6 +261,18 @@ def test_batches_chunked_prefill_and_chunked_logits_are_put_together(
         assert (one.hidden.float() - other.hidden.float()).abs().max() < 0.1
 
 
+def test_chunks_of_sglang_s_own_log_probs_change_no_bit(boot: Boot, llama_dir: Path) -> None:
+    """Windows of 500 tokens: two chunks by default, as pytest-kld boots it, and one if it is told so."""
+    tokenizer = load_tokenizer(ModelSpec.parse(str(llama_dir), Path()), trust_remote_code=False)
+    corpus = load_corpus("python-docs", Path())
+    windows = cut_windows(corpus, tokenizer, count=2, size=500, stride=500, label="llama")
+    rows = [CHUNK - 1, CHUNK, 499]
+    chunked = boot(llama_dir).capture(windows, rows)
+    whole = boot(llama_dir, SGLANG_LOGPROB_CHUNK_SIZE="2048").capture(windows, rows)
+    assert len(chunked) == windows.count
+    assert_same(chunked, whole)
+
+
 def test_three_requests_in_one_batch_and_one_that_is_not_ours(
     served: Served, text: Windows, captured: list[Prefill]
 ) -> None:
@@ -282,7 +303,7 @@ def test_two_ranks_write_one_capture(boot: Boot, make_model: MakeModel, text: Wi
         (head,) = loaded.heads
         assert loaded.handshake["arguments"]["tp_size"] == 2
     assert head.weight.shape == (1025, TINY["hidden_size"])
-    saved = AutoModelForCausalLM.from_pretrained(served.model.source, dtype=torch.bfloat16)
+    saved = AutoModelForCausalLM.from_pretrained(served.subject.spec.source, dtype=torch.bfloat16)
     assert torch.equal(head.weight, saved.lm_head.weight)
     for prefill in captured:
         assert prefill.hidden is not None

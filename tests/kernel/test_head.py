@@ -117,6 +117,7 @@ def test_bias_of_the_head_is_kept(architecture: Callable[[str], Path], windows: 
     engine = own_logits(with_seed(with_bias, load(architecture("phi"))), windows)
     assert engine.shape == read(capture, "exact").shape
     assert capture.check_head().faithful
+    assert capture.check_head().dtype == "float32"
 
 
 def with_seed(alter: Callable[[Any], Any], network: Any) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor
 from pytest_kld import __version__
 from pytest_kld.engines import ModelFacts, Prefill
 from pytest_kld.engines.sglang.description import headers
+from pytest_kld.engines.sglang.hints import hint
 from pytest_kld.engines.sglang.pieces import covers, first_row, join, narrow, reaches, read_piece
 from pytest_kld.errors import CaptureError, ServerError
 from pytest_kld.hook.protocol import (
@@ -182,7 +183,9 @@ class ServedModel:
         except requests.RequestException as error:
             raise self._failure(f"{what}: the server {self.url} does not answer: {error}") from error
         if answer.status_code != requests.codes.ok:
-            raise self._failure(f"{what}: the server answered {answer.status_code}: {answer.text[:500]}")
+            advice = hint(answer.text)
+            quoted = answer.text[:500] + (f"\nhint: {advice}" if advice else "")
+            raise self._failure(f"{what}: the server answered {answer.status_code}: {quoted}")
         told: dict[str, Any] = answer.json()
         meta = told["meta_info"]
         if meta["id"] != body["rid"] or meta["prompt_tokens"] != len(token_ids):
@@ -261,8 +264,12 @@ class ServedModel:
                 f"{told['protocol']}), and this is {__version__} (protocol {PROTOCOL}): install the same version on "
                 "both sides."
             )
-        if told["arguments"]["enable_dp_attention"]:
-            raise ServerError(f"the server {self.url} runs data-parallel attention, which cannot be captured.")
+        arguments = told["arguments"]
+        if told["dp_attention"] or arguments["enable_dp_attention"] or (arguments["attn_dp_size"] or 1) > 1:
+            raise ServerError(
+                f"the server {self.url} runs data-parallel attention, which cannot be captured: the head's input holds "
+                "rows of other ranks' requests. Start it with --tp alone, or with --dp-size without it."
+            )
         names = {str(told["arguments"][name]).rstrip("/") for name in ("model_path", "served_model_name")}
         if not any(_same_model(model, name) for name in names):
             raise ServerError(

@@ -15,11 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_kld import __version__
-from pytest_kld.engines.sglang.arguments import LAUNCH, ONE_WINDOW_A_BATCH, check_arguments, gpus_needed, has_flag
+from pytest_kld.engines.sglang.arguments import (
+    LAUNCH,
+    ONE_WINDOW_A_BATCH,
+    Options,
+    check_arguments,
+    gpus_needed,
+    has_flag,
+)
 from pytest_kld.engines.sglang.hints import hint
 from pytest_kld.errors import ServerError
 from pytest_kld.hook.protocol import CAPTURE_DIR_VARIABLE, PROTOCOL
-from pytest_kld.servers.leases import lease, lease_directory, visible_gpus
+from pytest_kld.servers.environment import numeric_environment
+from pytest_kld.servers.launchers import inherited, kill_command, with_environment
+from pytest_kld.servers.leases import lease, lease_directory, only_by_name, visibility, visible_gpus
 from pytest_kld.servers.server import Server, ServerCommand, free_port
 
 if TYPE_CHECKING:
@@ -28,15 +37,26 @@ if TYPE_CHECKING:
 
 _QUESTION_TIMEOUT_SECONDS = 300
 _KEPT_LOGS = 50
+_CHUNKS = {
+    "SGLANG_ENABLE_LOGITS_PROCESSER_CHUNK": "1",
+    "SGLANG_LOGITS_PROCESSER_CHUNK_SIZE": "256",
+    "SGLANG_LOGPROB_CHUNK_SIZE": "256",
+}
+"""SGLang makes its own log-probs of this many rows at a time, by the names of older and newer releases.
+
+By default it makes those of a whole window at once: 3 to 4.4 GB for 2,048 tokens of a vocabulary of 152,064.
+"""
+_CHUNK_SWITCH = "SGLANG_ENABLE_LOGPROB_CHUNK"
 _SECONDS_BETWEEN_NOTES = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Installed:
-    """What is installed where SGLang runs."""
+    """What is installed where SGLang runs; `options` are the release's flags, None if its source cannot be read."""
 
     versions: dict[str, str]
     devices: tuple[str, ...]
+    options: Options | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,20 +123,31 @@ class ServerPool:
         """
         key = tuple(sorted(environment.items()))
         if key not in self._installed:
-            self._installed[key] = _ask(self.command, {**os.environ, **environment})
+            variables = {**os.environ, **environment}
+            self._installed[key] = _ask(with_environment(self.command, environment, variables), variables)
         return self._installed[key]
 
-    def complete(self, arguments: Sequence[str]) -> list[str]:
-        """Return all flags of a server but those of address and model."""
-        check_arguments(arguments, "SGLang's arguments")
+    def complete(self, arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+        """Return all flags of a server but those of address and model.
+
+        Args:
+            arguments: the user's.
+            environment: variables on top of this process's; they may decide which release runs.
+
+        Raises:
+            ServerError: one of them is refused, or SGLang or the hook is not installed.
+
+        """
+        options = self.installed(environment).options
+        check_arguments(arguments, "SGLang's arguments", options)
         added = []
-        if not has_flag(arguments, ONE_WINDOW_A_BATCH):
+        if not has_flag(arguments, ONE_WINDOW_A_BATCH, options):
             added += [ONE_WINDOW_A_BATCH, "1"]
-        if self.dtype != "auto" and not has_flag(arguments, "--dtype"):
+        if self.dtype != "auto" and not has_flag(arguments, "--dtype", options):
             added += ["--dtype", self.dtype]
-        if self.device == "cpu" and not has_flag(arguments, "--device"):
+        if self.device == "cpu" and not has_flag(arguments, "--device", options):
             added += ["--device", "cpu"]
-        if self.trust_remote_code and not has_flag(arguments, "--trust-remote-code"):
+        if self.trust_remote_code and not has_flag(arguments, "--trust-remote-code", options):
             added += ["--trust-remote-code"]
         return [*arguments, *added]
 
@@ -132,15 +163,38 @@ class ServerPool:
             ServerError: it does not boot.
 
         """
-        completed = self.complete(arguments)
+        completed = self.complete(arguments, environment)
         key = (model.source, model.revision, tuple(completed), tuple(sorted(environment.items())))
         for running in self._running:
             if running.key == key and running.server.exit_code is None:
                 return running.handle
-        self.installed(environment)
         running = self._boot(key, model, completed, environment)
         self._running.append(running)
         return running.handle
+
+    def variables(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """Return the variables of a server on top of this process's: the user's, and ours if the user has not chosen.
+
+        Args:
+            environment: the user's.
+
+        """
+        chosen = any(name in environment or name in os.environ for name in (*_CHUNKS, _CHUNK_SWITCH))
+        return dict(environment) if chosen else {**environment, **_CHUNKS}
+
+    def environment(self, given: Mapping[str, str]) -> dict[str, str]:
+        """Return all variables that reach a server and may change its numbers, for the key."""
+        return numeric_environment(inherited(self.command, os.environ), self.variables(given))
+
+    def notes(self, arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+        """Return what a reader of the figures should know about how a server with these flags runs here."""
+        gpus = visible_gpus({**os.environ, **environment})
+        if gpus_needed(arguments, self.installed(environment).options) > 1 and only_by_name(gpus):
+            return [
+                "the GPUs are visible by UUID only (MIG, or a container that hides their numbers), so SGLang's custom "
+                "all-reduce is off and other kernels are measured than on whole GPUs"
+            ]
+        return []
 
     def failure(self, handle: ServerHandle, what: str) -> ServerError:
         """Return an error about a server, with the end of its log."""
@@ -158,8 +212,9 @@ class ServerPool:
     def _boot(
         self, key: tuple[object, ...], model: ModelSpec, arguments: Sequence[str], environment: Mapping[str, str]
     ) -> _Running:
-        variables = {**os.environ, **environment}
-        needed, gpus = gpus_needed(arguments), visible_gpus(variables)
+        variables = {**os.environ, **self.variables(environment)}
+        options = self.installed(environment).options
+        needed, gpus = gpus_needed(arguments, options), visible_gpus(variables)
         if not gpus:
             needed = 0
         self._make_room(needed, len(gpus))
@@ -168,18 +223,23 @@ class ServerPool:
             if needed:
                 note = f"waiting for {needed} free GPUs"
                 held = stack.enter_context(lease(needed, gpus, lease_directory(), lambda: self.progress.note(note)))
-                variables["CUDA_VISIBLE_DEVICES"] = ",".join(held)
+                variables |= visibility(held)
             self.capture_dir.mkdir(parents=True, exist_ok=True)
             variables[CAPTURE_DIR_VARIABLE] = str(self.capture_dir)
             port = free_port()
+            log = self._new_log(model)
+            forwarded = (*self.variables(environment), *visibility(held), CAPTURE_DIR_VARIABLE)
+            cidfile, kill = log.with_suffix(".cid"), kill_command(self.command)
+            launch = with_environment(self.command, forwarded, variables, cidfile)
             command = ServerCommand(
-                argv=[*self.command, *_address(model, port), *arguments],
+                argv=[*launch, *_address(model, port), *arguments],
                 environment=variables,
                 url=f"http://127.0.0.1:{port}",
                 health="/health",
-                log=self._new_log(model),
+                log=log,
                 startup_timeout=self.startup_timeout,
                 hint=hint,
+                container=(cidfile, kill) if kill else None,
             )
             self.progress.note(f"booting SGLang for {model.label}, log {command.log}")
             started = time.monotonic()
@@ -269,4 +329,4 @@ def _ask(command: Sequence[str], variables: Mapping[str, str]) -> Installed:
         )
     if not told["hooked"]:
         raise ServerError(told["why_not"])
-    return Installed(versions=told["versions"], devices=tuple(told["devices"]))
+    return Installed(versions=told["versions"], devices=tuple(told["devices"]), options=told["options"])
