@@ -110,9 +110,10 @@ class GateResult:
         sizes = [(self.about or {}).get(side, {}).get("vocab_size") for side in ("reference", "candidate")]
         if None in sizes or sizes[0] == sizes[1] or self.figures is None:
             return []
-        wider = self.reference if sizes[0] > sizes[1] else self.candidate
+        reference, candidate = self.reference.label, self.candidate.label
+        wider = reference if sizes[0] > sizes[1] else candidate
         return [
-            f"the vocabularies differ: {self.reference} has {sizes[0]:,} tokens and {self.candidate} {sizes[1]:,}. The "
+            f"the vocabularies differ: {reference} has {sizes[0]:,} tokens and {candidate} {sizes[1]:,}. The "
             f"figures are of the first {min(sizes):,}, renormalised; {wider} gives the others a probability of up to "
             f"{self.figures['cut_mass']:.3g}"
         ]
