@@ -163,10 +163,9 @@ import os, pytest
                          ids=["odd", "good"], indirect=True)
 def test_gate(kld): pass
 """)
-    reports = [f"--kld-{name}=report.{name}" for name in REPORTS]
-    ran = run(
-        gate, ".", *reports, "--kld-max-mean=1", "--kld-cache-dir=cache", "-p", "no:cacheprovider"
-    )  # pytest's cache takes UTF-8 only
+    options = [f"--kld-{name}=report.{name}" for name in REPORTS]
+    options += ["--kld-max-mean=1", "--kld-cache-dir=cache", "-p", "no:cacheprovider"]  # pytest's cache needs UTF-8
+    ran = run(gate, ".", *options)
     assert ran.returncode == pytest.ExitCode.TESTS_FAILED
     assert b"INTERNALERROR" not in ran.stdout
     table = ran.stdout.partition(b"KLD Evaluation Results")[2].partition(b"= short test summary")[0].decode()
