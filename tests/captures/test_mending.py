@@ -312,7 +312,9 @@ def test_a_file_that_changes_while_it_is_compared_is_found(cache: Cache, mean: f
     cache.gate.pytester.makeconftest(f"""
         import pytest
         from pathlib import Path
-        from pytest_kld.session import measurement
+        from importlib import import_module
+
+        measurement = import_module("pytest_kld.session.measurement")
 
         @pytest.fixture(scope="session", autouse=True)
         def damage():

@@ -195,8 +195,9 @@ def flip(path: Path, name: str) -> None:
 def test_a_damaged_window_of_an_interrupted_capture_is_recorded_again(
     store: Any, tensor: str, reference_dir: Path, candidate_dir: Path, windows: Windows, tmp_path: Path
 ) -> None:
+    reference = record(reference_dir, windows, tmp_path / "reference", store=store)
+
     def table(candidate: Capture) -> Any:
-        reference = record(reference_dir, windows, tmp_path / "reference", store=store)
         pair = (reference, candidate)
         return compare(*pair, windows, head="exact", device=torch.device("cpu"), progress=Silent()).columns["kl"]
 

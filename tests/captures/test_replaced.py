@@ -21,45 +21,63 @@ if TYPE_CHECKING:
 
     from pytest_kld.text.windows import Windows
 
-SLOW_READER = """
-    import time
-    from pathlib import Path
-    import pytest
-    from pytest_kld.captures import capture, recording
+READER = """
+import time
+from pathlib import Path
+import pytest
+from pytest_kld.captures import capture
 
-    def slowed(owner, name, marker):
-        work = getattr(owner, name)
-        def slow(*arguments, **named):
-            Path(marker).touch()
-            time.sleep({seconds})
-            return work(*arguments, **named)
-        return slow
-
-    @pytest.fixture(scope="session", autouse=True)
-    def slow():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr({owner}, {name!r}, slowed({owner}, {name!r}, "reading"))
-            yield
+@pytest.fixture(scope="session", autouse=True)
+def wait_in_the_middle():
+    work, calls = {owner}.{name}, []
+    def slow(*arguments, **named):
+        calls.append(1)
+        if len(calls) == 2:
+            Path("reading").touch()
+            while not Path("../writer/{until}").exists():
+                time.sleep(0.01)
+        return work(*arguments, **named)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr({owner}, "{name}", slow)
+        yield
 """
-"""A conftest that lets a part of the reading take its time, and says when it began."""
+"""A conftest that lets the reading wait in the middle until the other process is so far."""
+
+WRITER = """
+import time
+from pathlib import Path
+import pytest
+from pytest_kld.captures.recording import Recording
+
+@pytest.fixture(scope="session", autouse=True)
+def tell():
+    record = Recording.run
+    def run(*arguments):
+        Path("recording").touch()
+        time.sleep(2)
+        record(*arguments)
+        Path("recorded").touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recording, "run", run)
+        yield
+"""
+"""A conftest that tells when the reference is recorded anew, and lets it take its time."""
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "seconds"), [("capture", "sha256_of_file", 0.7), ("capture.LogitsReader", "logits", 1.0)]
-)
+@pytest.mark.parametrize("until", ["recording", "recorded"])
+@pytest.mark.parametrize(("owner", "name"), [("capture", "sha256_of_file"), ("capture.LogitsReader", "logits")])
 def test_a_refresh_in_another_process_does_not_disturb_a_comparison(
-    owner: str, name: str, seconds: float, gate: Gate, tmp_path: Path
+    owner: str, name: str, until: str, gate: Gate, tmp_path: Path
 ) -> None:
     cache = f"--kld-cache-dir={tmp_path / 'cache'}"
     gate(cache, "--kld-json=first.json").assert_outcomes(passed=1)
     for path in tmp_path.glob("cache/scores/*.safetensors"):
         path.unlink()
     reader, writer = tmp_path / "reader", tmp_path / "writer"
-    for directory in (reader, writer):
+    for directory, conftest in ((reader, READER.format(owner=owner, name=name, until=until)), (writer, WRITER)):
         directory.mkdir()
         (directory / "pytest.ini").write_text("[pytest]\n")
-    conftest = SLOW_READER.format(owner=owner, name=name, seconds=seconds)
-    (reader / "conftest.py").write_text("\n".join(line[4:] for line in conftest.splitlines()))
+        (directory / "conftest.py").write_text(conftest)
 
     def start(directory: Path, *options: str) -> Any:
         command = [
@@ -72,12 +90,13 @@ def test_a_refresh_in_another_process_does_not_disturb_a_comparison(
     while not (reader / "reading").exists():
         assert reading.poll() is None, reading.communicate()[0]
         time.sleep(0.01)
-    writing = start(writer, "--kld-refresh", "--kld-store=auto", f"--kld-json={gate.path / 'writer.json'}")
-    outputs = [process.communicate()[0] for process in (writing, reading)]
-    assert [process.returncode for process in (writing, reading)] == [0, 0], outputs
+    writing = start(writer, "--kld-refresh", f"--kld-json={gate.path / 'writer.json'}")
+    outputs = [process.communicate()[0] for process in (reading, writing)]
+    assert [process.returncode for process in (reading, writing)] == [0, 0], outputs
     figures = [gate.results(f"{run}.json")[0]["figures"] for run in ("first", "reader", "writer")]
     assert figures[0] == figures[1] == figures[2]
-    assert "Traceback" not in outputs[1]
+    assert ("another process replaced the cache entry" in outputs[0]) == (until == "recorded")
+    assert "was damaged" not in outputs[0]
     assert not list(tmp_path.glob("cache/discarded/*"))
 
 
