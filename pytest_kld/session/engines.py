@@ -39,8 +39,8 @@ def make_engine(name: str, config: KLDConfig, progress: Progress) -> Engine:
         from pytest_kld.engines.transformers import TransformersEngine
 
         return TransformersEngine(dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code)
-    from pytest_kld.engines.sglang.engine import SGLangEngine
-    from pytest_kld.engines.sglang.pool import ServerPool, default_command
+    from pytest_kld.engines.served.engine import SGLangEngine
+    from pytest_kld.engines.served.pool import ServerPool, default_command
 
     capture_dir = config.capture_dir or config.cache_dir / "spool"
     servers = ServerPool(

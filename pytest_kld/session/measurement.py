@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_kld.captures.cache import Cache, format_bytes
 from pytest_kld.captures.library import CaptureLibrary
 from pytest_kld.captures.recording import require_fits
-from pytest_kld.engines.sglang.engine import SGLangEngine
+from pytest_kld.engines.served.engine import SGLangEngine
 from pytest_kld.errors import ModelError, ServerError
 from pytest_kld.figures.compare import compare, scores_key
 from pytest_kld.figures.schedule import rounds_of
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from pytest_kld.captures.capture import Capture
     from pytest_kld.engines import Engine
-    from pytest_kld.engines.sglang.pool import ServerHandle
+    from pytest_kld.engines.served.pool import ServerHandle
     from pytest_kld.progress import Progress
     from pytest_kld.session.config import KLDConfig
     from pytest_kld.subjects.subject import Subject

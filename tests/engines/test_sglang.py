@@ -25,9 +25,9 @@ from sglang_cpu.environment import SGLangEnvironment, variables
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from pytest_kld.engines import Prefill
-from pytest_kld.engines.sglang.client import ServedModel
-from pytest_kld.engines.sglang.engine import SGLangEngine
-from pytest_kld.engines.sglang.pool import ServerPool
+from pytest_kld.engines.served.client import ServedModel
+from pytest_kld.engines.served.engine import SGLangEngine
+from pytest_kld.engines.served.pool import ServerPool
 from pytest_kld.errors import CaptureError, ServerError
 from pytest_kld.hook.protocol import CaptureRequest, new_run, request_id, write_json_whole
 from pytest_kld.kernel.head import check_head

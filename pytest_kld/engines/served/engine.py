@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_kld.engines import ModelFacts
 from pytest_kld.engines.checkpoint import read_facts
+from pytest_kld.engines.served.client import ServedModel
 from pytest_kld.engines.sglang.arguments import check_arguments, numeric_arguments
-from pytest_kld.engines.sglang.client import ServedModel
 from pytest_kld.engines.sglang.description import server_description
 from pytest_kld.subjects.subject import without_secrets
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pytest_kld.engines.sglang.pool import ServerPool
+    from pytest_kld.engines.served.pool import ServerPool
     from pytest_kld.subjects.subject import Subject
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pytest_kld import __version__
-from pytest_kld.engines.sglang.pool import LAUNCH, ServerPool
+from pytest_kld.engines.served.pool import LAUNCH, ServerPool
 from pytest_kld.errors import ServerError
 from pytest_kld.hook.protocol import PROTOCOL
 from pytest_kld.progress import Silent

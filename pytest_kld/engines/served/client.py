@@ -19,8 +19,8 @@ from torch import Tensor
 
 from pytest_kld import __version__
 from pytest_kld.engines import ModelFacts, Prefill
+from pytest_kld.engines.served.pieces import covers, first_row, join, narrow, reaches, read_piece
 from pytest_kld.engines.sglang.description import headers
-from pytest_kld.engines.sglang.pieces import covers, first_row, join, narrow, reaches, read_piece
 from pytest_kld.errors import CaptureError, ServerError
 from pytest_kld.hook.protocol import (
     CAPTURE_DIR_VARIABLE,
@@ -36,7 +36,7 @@ from pytest_kld.hook.protocol import (
 from pytest_kld.kernel.head import Head
 
 if TYPE_CHECKING:
-    from pytest_kld.engines.sglang.pool import ServerHandle, ServerPool
+    from pytest_kld.engines.served.pool import ServerHandle, ServerPool
     from pytest_kld.subjects.model import ModelSpec
     from pytest_kld.text.windows import Windows
 
