@@ -23,7 +23,7 @@ from typing import Any
 
 CAPTURE_DIR_VARIABLE = "PYTEST_KLD_CAPTURE_DIR"
 """The one environment variable: the directory. Without it the hook does nothing."""
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the ids and files below. The handshake carries it; both sides must have the same."""
 
 REQUEST_FILE = "request.json"
@@ -37,7 +37,7 @@ def new_run() -> str:
 
 
 def request_id(run: str, window: int) -> str:
-    """Return the request id (SGLang's `rid`) of a window."""
+    """Return the request id of a window."""
     return f"pytest-kld:{run}:{window}"
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_kld.captures.cache import Cache, format_bytes
 from pytest_kld.captures.library import CaptureLibrary
 from pytest_kld.captures.recording import require_fits
-from pytest_kld.engines.served.engine import SGLangEngine
+from pytest_kld.engines.served.engine import ServedEngine
 from pytest_kld.errors import ModelError, ServerError
 from pytest_kld.figures.compare import compare, scores_key
 from pytest_kld.figures.schedule import rounds_of
@@ -154,7 +154,7 @@ class Measurement:
 
         """
         engine = self.engine(subject.engine)
-        if not isinstance(engine, SGLangEngine):
+        if not isinstance(engine, ServedEngine):
             raise ServerError("kld_server needs SGLang: install it, or give --kld-engine=sglang")
         if "url" in subject.arguments:
             raise ServerError(f"{subject.name} is served at {subject.arguments['url']}; kld_server boots servers")

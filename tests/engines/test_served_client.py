@@ -15,6 +15,7 @@ from scripted import SCRIPT
 from pytest_kld.engines.served import client as served_client
 from pytest_kld.engines.served.client import ServedModel
 from pytest_kld.engines.served.pieces import narrow
+from pytest_kld.engines.sglang.kind import KIND
 from pytest_kld.errors import ServerError
 from pytest_kld.servers.server import Server, ServerCommand, free_port
 from pytest_kld.subjects.model import ModelSpec
@@ -42,7 +43,9 @@ def scripted(behaviour: str, tmp_path: Path) -> Iterator[str]:
 
 
 def connect(url: str, tmp_path: Path) -> ServedModel:
-    return ServedModel.connect(url, model=MODEL, pool=None, server=None, capture_dir=tmp_path / "spool", api_key=None)
+    return ServedModel.connect(
+        KIND, url, model=MODEL, pool=None, server=None, capture_dir=tmp_path / "spool", api_key=None
+    )
 
 
 def test_an_answer_of_500_is_an_error_that_quotes_it(tmp_path: Path) -> None:

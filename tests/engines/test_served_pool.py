@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from pytest_kld import __version__
-from pytest_kld.engines.served.pool import LAUNCH, ServerPool
+from pytest_kld.engines.served.kind import Settings
+from pytest_kld.engines.served.pool import ServerPool
+from pytest_kld.engines.sglang.kind import KIND
 from pytest_kld.errors import ServerError
 from pytest_kld.hook.protocol import PROTOCOL
 from pytest_kld.progress import Silent
@@ -30,13 +32,12 @@ def pool_that_is_told(told: object, tmp_path: Path) -> ServerPool:
     interpreter.write_text(f"#!/bin/sh\necho 'a banner'\ncat <<'END'\n{text}\nEND\n")
     interpreter.chmod(0o755)
     return ServerPool(
-        command=(str(interpreter), *LAUNCH),
+        kind=KIND,
+        command=(str(interpreter), *KIND.launch),
         capture_dir=tmp_path / "spool",
         log_dir=tmp_path / "logs",
         startup_timeout=5,
-        dtype="auto",
-        device="auto",
-        trust_remote_code=False,
+        settings=Settings(),
         progress=Silent(),
     )
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from pytest_kld.engines import Prefill
 from pytest_kld.engines.served.client import ServedModel
-from pytest_kld.engines.served.engine import SGLangEngine
+from pytest_kld.engines.served.engine import ServedEngine
+from pytest_kld.engines.served.kind import Settings
 from pytest_kld.engines.served.pool import ServerPool
+from pytest_kld.engines.sglang.kind import KIND
 from pytest_kld.errors import CaptureError, ServerError
 from pytest_kld.hook.protocol import CaptureRequest, new_run, request_id, write_json_whole
 from pytest_kld.kernel.head import check_head
 from pytest_kld.progress import Silent
 from pytest_kld.subjects.model import ModelSpec
+from pytest_kld.subjects.subject import Subject
 from pytest_kld.text.corpus import load_corpus
 from pytest_kld.text.windows import Windows, cut_windows, load_tokenizer
 
@@ -46,13 +49,13 @@ Boot = Callable[..., "Served"]
 class Served:
     """A booted server with the engine that booted it."""
 
-    def __init__(self, engine: SGLangEngine, model: ModelSpec, arguments: Mapping[str, Any]) -> None:
-        self.engine, self.model, self.arguments = engine, model, arguments
-        self.handle = engine.servers.get(model, arguments["args"], arguments["env"])
+    def __init__(self, engine: ServedEngine, subject: Subject) -> None:
+        self.engine, self.subject = engine, subject
+        self.handle = engine.servers.get(subject.spec, subject.arguments["args"], subject.environment)
 
     @contextmanager
     def connected(self) -> Iterator[ServedModel]:
-        with self.engine.open(self.model, self.arguments) as loaded:
+        with self.engine.open(self.subject) as loaded:
             yield loaded
 
     def capture(self, windows: Windows, rows: Sequence[int] | None = ROWS) -> list[Prefill]:
@@ -77,21 +80,24 @@ def booting(environment: SGLangEnvironment, directory: Path) -> Iterator[Boot]:
 
     def boot(model: Path, *flags: str, **env: str) -> Served:
         pool = ServerPool(
+            kind=KIND,
             command=(str(environment.python), "-m", "sglang.launch_server"),
             capture_dir=directory / "spool",
             log_dir=directory / "logs",
             startup_timeout=600,
-            dtype="auto",
-            device="cpu",
-            trust_remote_code=False,
+            settings=Settings(device="cpu"),
             progress=Silent(),
         )
         pools.append(pool)
-        engine = SGLangEngine(
-            servers=pool, capture_dir=directory / "spool", api_key=None, dtype="auto", trust_remote_code=False
+        engine = ServedEngine(servers=pool, capture_dir=directory / "spool", api_key=None)
+        subject = Subject(
+            name=str(model),
+            model=ModelSpec.parse(str(model), Path()),
+            engine="sglang",
+            arguments={"args": [*environment.flags, *flags]},
+            environment={**environment.variables, **env},
         )
-        arguments = {"args": [*environment.flags, *flags], "env": {**environment.variables, **env}}
-        return Served(engine, ModelSpec.parse(str(model), Path()), arguments)
+        return Served(engine, subject)
 
     try:
         yield boot
@@ -282,7 +288,7 @@ def test_two_ranks_write_one_capture(boot: Boot, make_model: MakeModel, text: Wi
         (head,) = loaded.heads
         assert loaded.handshake["arguments"]["tp_size"] == 2
     assert head.weight.shape == (1025, TINY["hidden_size"])
-    saved = AutoModelForCausalLM.from_pretrained(served.model.source, dtype=torch.bfloat16)
+    saved = AutoModelForCausalLM.from_pretrained(served.subject.spec.source, dtype=torch.bfloat16)
     assert torch.equal(head.weight, saved.lm_head.weight)
     for prefill in captured:
         assert prefill.hidden is not None

@@ -1,4 +1,4 @@
-"""The engine of the mission: SGLang servers with the capture hook in them."""
+"""Engines that are servers with the capture hook in them."""
 
 from __future__ import annotations
 
@@ -10,56 +10,57 @@ from typing import TYPE_CHECKING, Any
 from pytest_kld.engines import ModelFacts
 from pytest_kld.engines.checkpoint import read_facts
 from pytest_kld.engines.served.client import ServedModel
-from pytest_kld.engines.sglang.arguments import check_arguments, numeric_arguments
-from pytest_kld.engines.sglang.description import server_description
 from pytest_kld.subjects.subject import without_secrets
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from pytest_kld.engines.served.kind import ServerKind
     from pytest_kld.engines.served.pool import ServerPool
     from pytest_kld.subjects.subject import Subject
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SGLangEngine:
+class ServedEngine:
     """Boots a server for each model, or uses one that runs already.
 
-    A Subject's arguments are `args` (flags for `launch_server`), or `url` (a running server instead).
+    A Subject's arguments are `args` (flags of the server's command), or `url` (a running server instead).
 
     Attributes:
         servers: boots them and shuts them down.
         capture_dir: the directory that servers and this process see.
         api_key: for servers named by URL.
-        dtype: `auto` (SGLang's choice) or a torch dtype's name.
-        trust_remote_code: whether a repository's own code may run.
 
     """
 
     servers: ServerPool
     capture_dir: Path
     api_key: str | None
-    dtype: str
-    trust_remote_code: bool
+
+    @property
+    def kind(self) -> ServerKind:
+        """What is served."""
+        return self.servers.kind
 
     def facts(self, subject: Subject) -> ModelFacts:
         """Read a model's facts from its config. See `Engine.facts`."""
-        dtype = "bfloat16" if self.dtype == "auto" else self.dtype  # SGLang's choice is of 16 bits too
-        facts = read_facts(subject.spec, dtype=dtype, trust_remote_code=self.trust_remote_code)
-        check_arguments(subject.arguments.get("args", ()), "SGLang's arguments")
+        settings = self.servers.settings
+        dtype = self.kind.auto_dtype if settings.dtype == "auto" else settings.dtype
+        facts = read_facts(subject.spec, dtype=dtype, trust_remote_code=settings.trust_remote_code)
+        self.kind.check_arguments(subject.arguments.get("args", ()), f"{self.kind.title}'s arguments")
         return facts
 
     def fingerprint(self, subject: Subject) -> dict[str, Any]:
         """Return versions, GPUs, and every argument that may change logits. See `Engine.fingerprint`."""
         if url := subject.arguments.get("url"):
-            return {"engine": "sglang", **server_description(url, self.api_key)}
+            return {"engine": self.kind.name, **self.kind.describe(url, self.api_key)}
         environment = subject.environment
         installed = self.servers.installed(environment)
         return {
-            "engine": "sglang",
+            "engine": self.kind.name,
             "versions": installed.versions,
             "devices": list(installed.devices),
-            "arguments": numeric_arguments(self.servers.complete(subject.arguments.get("args", ()))),
+            "arguments": self.kind.numeric_arguments(self.servers.complete(subject.arguments.get("args", ()))),
             "environment": without_secrets(environment),
         }
 
@@ -72,6 +73,7 @@ class SGLangEngine:
             server = self.servers.get(subject.spec, subject.arguments.get("args", ()), subject.environment)
             base = server.url
         yield ServedModel.connect(
+            self.kind,
             base,
             model=subject.spec,
             pool=None if url else self.servers,

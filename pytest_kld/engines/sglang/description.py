@@ -6,6 +6,7 @@ from typing import Any
 
 import requests
 
+from pytest_kld.engines.served.kind import headers
 from pytest_kld.errors import ServerError
 
 _VOLATILE = (
@@ -31,11 +32,6 @@ _VOLATILE = (
     "command",
 )
 """Parts of names in `/server_info` that are secret, change from one start to the next, or move no logit."""
-
-
-def headers(api_key: str | None) -> dict[str, str]:
-    """Return the HTTP headers of every request to a server."""
-    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 def server_description(url: str, api_key: str | None) -> dict[str, Any]:
