@@ -304,7 +304,7 @@ class ServedModel:
             shutil.rmtree(run, ignore_errors=True)  # the hook may be writing there still
 
     def _wait_for(self, run: Path, there: Any, what: str) -> None:
-        """Wait for a file after its answer, watching for the hook's reports.
+        """Wait for a file after its answer, and look for the hook's reports; it writes them before the answer.
 
         Raises:
             CaptureError: the hook failed, or the file does not come.
@@ -313,9 +313,12 @@ class ServedModel:
         local = self.server is not None and what == _HANDSHAKE
         timeout = _HANDSHAKE_TIMEOUT_SECONDS if local else _FILE_TIMEOUT_SECONDS
         deadline, seen = time.monotonic() + timeout, 0
-        while not there():
-            for report in run.glob("error-*.txt"):
+        while True:
+            complete = there()
+            for report in run.glob("error-*.txt"):  # also of files that are there: they may be wrong
                 raise CaptureError(f"{self.label}, {what}: the hook failed in the server:\n{report.read_text()}")
+            if complete:
+                return
             files = sum(1 for _ in run.iterdir())
             if files != seen:
                 deadline, seen = time.monotonic() + timeout, files
