@@ -160,7 +160,7 @@ def test_hidden_states_and_head_are_what_the_logits_are_made_of(
         assert torch.equal(head.logits(prefill.hidden[ROWS], "native"), prefill.logits)
     assert facts.vocab_size == TINY["vocab_size"]
     assert facts.model_class == "LlamaForCausalLM"
-    assert handshake["sglang"] == "0.5.23"
+    assert handshake["version"] == "0.5.23"
 
 
 def test_all_logits_are_those_that_hidden_states_give(served: Served, captured: list[Prefill], text: Windows) -> None:
