@@ -22,8 +22,11 @@ import requests
 import torch
 from conftest import TINY, MakeModel
 from sglang_cpu.environment import SGLangEnvironment, variables
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3Config
 
+from pytest_kld.captures.cache import Cache
+from pytest_kld.captures.capture import Capture
+from pytest_kld.captures.recording import Recording
 from pytest_kld.engines import Prefill
 from pytest_kld.engines.served.client import ServedModel
 from pytest_kld.engines.served.engine import ServedEngine
@@ -294,6 +297,26 @@ def test_two_ranks_write_one_capture(boot: Boot, make_model: MakeModel, text: Wi
         assert prefill.hidden is not None
         assert prefill.logits.shape == (2, 1025)
         assert torch.equal(head.logits(prefill.hidden[ROWS], "native"), prefill.logits)
+
+
+def test_a_softcap_in_float32_keeps_hidden_states(
+    boot: Boot, make_model: MakeModel, text: Windows, tmp_path: Path
+) -> None:
+    """SGLang applies Gemma's softcap in float32 to a product in bfloat16."""
+    config = Gemma2Config(**TINY, final_logit_softcapping=5.0, attn_logit_softcapping=None)
+    served = boot(make_model("gemma2", config))
+    assert {prefill.logits.dtype for prefill in served.capture(text)} == {torch.float32}
+    recording = Recording(
+        engine=served.engine, subject=served.subject, windows=text, store="auto", key={"model": "gemma2"}
+    )
+    cache = Cache(tmp_path / "cache")
+    entry = cache.capture_entry(recording.key)
+    recording.run(cache, entry, Silent())
+    capture = Capture.open(entry, text)
+    assert capture.manifest["store_reason"] == "check rows agree with the head"
+    assert capture.store == "hidden"
+    assert capture.manifest["transforms"] == {"scale": 1.0, "softcap": 5.0}
+    assert 0 < capture.manifest["checks"]["worst"] <= 1
 
 
 def test_a_draft_model_never_reaches_a_capture(boot: Boot, make_model: MakeModel, text: Windows) -> None:
