@@ -1,13 +1,14 @@
 """Do the intervals hold what they promise? Simulated texts whose true figures are known, scored as the protocol does.
 
-    python benchmarks/coverage.py [--repetitions 2000] [--windows 100 12 6] [--ratios 0.5 1 2] [--seed 0]
+    python benchmarks/coverage.py [--repetitions 2000] [--windows 100 12 6] [--ratios 0.5 1 2] [--sizes] [--seed 0]
 
 A token's log KL has three parts: one that changes slowly along the text, one of the token, and one of the token in the
 context of one window. KL is log-normal with σ = 1.49: P99 is 11 times the mean (15 times in published figures of a
 large model in 4 bits). Windows have 2,048 tokens and stride 512: a token is scored up to four times.
 
 Prints how often 95 % intervals hold the truth, on which side they miss, and how often those do that take positions
-for independent; then how often a gate that may stop after every round decides wrongly.
+for independent; then how often a gate that may stop after every round decides wrongly. `--sizes` prints instead how
+often an interval of the mean ends below the truth, so that a wrong candidate could pass, from 1 window of 2 tokens on.
 """
 
 from __future__ import annotations
@@ -37,16 +38,29 @@ AGREE = 0.9
 DRIFT = 0.01
 """True mean of the candidate's NLL over the reference's."""
 CONFIDENCE = 0.95
+SIZES = (
+    *((1, size, size) for size in (2, 8, 64, 256, 512, 1024, 2048)),
+    *((windows, SIZE, STRIDE) for windows in (3, 6, 12, 100)),
+)
+"""Windows, their size and stride: from what is far too little to the protocol."""
 NORMAL = NormalDist()
 
 
-def simulate(rng: np.random.Generator, windows: int, mean: float = 0.05) -> Scores:
-    """Draw a text and score it: `windows` windows with a true mean KL of `mean`."""
-    tokens = (windows - 1) * STRIDE + SIZE
-    source = (np.arange(windows) * STRIDE)[:, None] + np.arange(SIZE)
+def simulate(
+    rng: np.random.Generator,
+    windows: int,
+    mean: float = 0.05,
+    *,
+    size: int = SIZE,
+    stride: int = STRIDE,
+    sigma: float = SIGMA,
+) -> Scores:
+    """Draw a text and score it: `windows` windows with a true mean KL of `mean`; ln KL deviates by `sigma`."""
+    tokens = (windows - 1) * stride + size
+    source = (np.arange(windows) * stride)[:, None] + np.arange(size)
     latent = (SLOW * _slow(rng, tokens) + TOKEN * rng.standard_normal(tokens))[source]
     latent += CONTEXT * rng.standard_normal(source.shape)
-    kl = mean * np.exp(latent - SIGMA**2 / 2)
+    kl = mean * np.exp(sigma / SIGMA * latent - sigma**2 / 2)
     surprise = 0.8 * rng.standard_normal(tokens)[source] + 0.6 * rng.standard_normal(source.shape)
     columns = {name: np.zeros(source.shape, dtype) for name, dtype in COLUMNS.items()}
     columns["kl"] = kl
@@ -54,7 +68,7 @@ def simulate(rng: np.random.Generator, windows: int, mean: float = 0.05) -> Scor
     columns["candidate_nll"] = 3.0 + DRIFT + np.sqrt(kl) * surprise
     columns["candidate_argmax"] = (latent > SIGMA * NORMAL.inv_cdf(AGREE)).astype(np.int32)
     columns["flags"][:, -1] = 4
-    return Scores(columns=columns, about={"protocol": {"windows": windows, "window_size": SIZE, "stride": STRIDE}})
+    return Scores(columns=columns, about={"protocol": {"windows": windows, "window_size": size, "stride": stride}})
 
 
 def _slow(rng: np.random.Generator, tokens: int) -> NDArray[np.float64]:
@@ -118,6 +132,27 @@ def coverage(repetitions: int, windows: int, seed: int) -> dict[str, dict[str, f
     return counts
 
 
+def passes(repetitions: int, windows: int, size: int, stride: int, sigma: float, seed: int) -> dict[str, float]:
+    """Return how often the interval of the mean misses the truth, and how often there is too little text for one.
+
+    Returns:
+        Shares `wrong pass` (all of it is below the truth), `wrong fail` (above), `too few` (the least number of windows
+        is not reached), and `windows`, the least number that is named then, on average.
+
+    """
+    rng = np.random.default_rng(seed)
+    counts = dict.fromkeys(("wrong pass", "wrong fail", "too few", "windows"), 0.0)
+    for _ in range(repetitions):
+        scores = simulate(rng, windows, size=size, stride=stride, sigma=sigma)
+        interval = intervals(scores, CONFIDENCE, names=("mean",))["mean"]
+        counts["wrong pass"] += interval.high < 0.05
+        counts["wrong fail"] += interval.low > 0.05
+        counts["too few"] += interval.least_windows is not None
+        counts["windows"] += interval.least_windows or 0
+    shares = {name: count / repetitions for name, count in counts.items()}
+    return {**shares, "windows": counts["windows"] / max(1.0, counts["too few"])}
+
+
 def stopping(
     repetitions: int, most: int, ratio: float, seed: int, *, spending: bool = True, bounds: Mapping[str, float] = {}
 ) -> dict[str, float]:
@@ -157,13 +192,28 @@ def first_windows(scores: Scores, windows: int) -> Scores:
     return Scores(columns={name: column[:windows] for name, column in scores.columns.items()}, about=scores.about)
 
 
+def print_sizes(repetitions: int, seed: int) -> None:
+    print(f"95 % intervals of the mean, {repetitions:,} texts for each row")
+    names = ("wrong pass", "wrong fail", "too few", "windows")
+    print(f"{'sigma':>5} {'text':>14} " + " ".join(f"{name:>10}" for name in names))
+    for sigma in (SIGMA, 2.0):
+        for windows, size, stride in SIZES:
+            row = passes(repetitions, windows, size, stride, sigma, seed)
+            shares = " ".join(f"{row[name]:10.1%}" for name in names[:3])
+            print(f"{sigma:5.2f} {f'{windows} x {size}':>14} {shares} {row['windows']:10.1f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=2000)
     parser.add_argument("--windows", type=int, nargs="*", default=[100, 12, 6])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ratios", type=float, nargs="*", default=[0.5, 0.8, 0.9, 1.0, 1.1, 1.25, 2.0])
+    parser.add_argument("--sizes", action="store_true")
     arguments = parser.parse_args()
+    if arguments.sizes:
+        print_sizes(arguments.repetitions, arguments.seed)
+        return
     error = 2 * math.sqrt(0.95 * 0.05 / arguments.repetitions)
     for windows in arguments.windows:
         print(f"\n95 % intervals, {windows} windows, {arguments.repetitions:,} texts (± {error:.1%})")

@@ -21,6 +21,10 @@ class CacheError(KLDError):
     """The cache directory cannot be used: not writable, or the disk is full."""
 
 
+class ReportError(KLDError):
+    """A report cannot be written: its path names no regular file, cannot be written, or the disk is full."""
+
+
 class ScoresError(KLDError):
     """A scores table is corrupt or holds not one valid position."""
 

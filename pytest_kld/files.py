@@ -5,15 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import uuid
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from pytest_kld.errors import CacheError
+from pytest_kld.errors import CacheError, ReportError
+from pytest_kld.plain import json_escaped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+
+TEMPORARY_SUFFIX_BYTES = len(f"..{uuid.UUID(int=0).hex}.tmp")
+"""How much longer than a file's name that of its temporary sibling is."""
 
 
 @contextmanager
@@ -51,8 +57,47 @@ def write_atomically(path: Path, contents: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, whole or not at all. Non-finite numbers are refused: JSON has none."""
+    write_atomically(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    r"""Return JSON for people and programs, in UTF-8. What is no text is escaped: names that are not UTF-8 survive."""
     text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
-    write_atomically(path, f"{text}\n".encode())
+    return f"{json_escaped(text)}\n".encode()
+
+
+def what_is_there(path: Path) -> str | None:
+    """Say what is at a path if it is neither nothing nor a regular file; links are not followed."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError:  # nothing is there, or nobody may look: whoever writes will learn why
+        return None
+    return None if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "a special file")
+
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def write_report(path: Path, contents: bytes) -> None:
+    """Write a report, whole or not at all. A regular file is replaced, anything else is refused.
+
+    Raises:
+        ReportError: a directory, device, pipe, socket or link has the name, or the file cannot be written.
+
+    """
+    if kind := what_is_there(path):
+        raise ReportError(f"{path} is {kind} and not a regular file; give the report another path")
+    try:
+        write_atomically(path, contents)
+    except CacheError as error:
+        raise ReportError(str(error.__cause__)) from error.__cause__
 
 
 def sha256_of_file(path: Path) -> str:

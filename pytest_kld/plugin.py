@@ -22,7 +22,7 @@ from pytest_kld.session.fixtures import (  # noqa: F401 (pytest finds fixtures b
     _kld_gate,
     _kld_measurement,
     _kld_overrides,
-    is_gated,
+    has_result,
     kld,
     kld_candidate,
     kld_candidate_args,
@@ -34,9 +34,11 @@ from pytest_kld.session.fixtures import (  # noqa: F401 (pytest finds fixtures b
     kld_server_args,
     kld_server_env,
     kld_windows,
+    uses_kld,
 )
-from pytest_kld.session.gating import Results, attach_result, check_limits
+from pytest_kld.session.gating import attach_result, check_limits
 from pytest_kld.session.header import header
+from pytest_kld.session.results import make_results
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -48,8 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Check and freeze the options, before anything is collected or loaded."""
     config.addinivalue_line("markers", MARKER)
     config.stash[CONFIG] = build_config(config)
-    if not hasattr(config, "workerinput"):  # xdist's workers leave the results to the controller
-        config.pluginmanager.register(Results(config), "kld-results")
+    config.pluginmanager.register(make_results(config), "kld-results")
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
@@ -93,9 +94,13 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Attach the result."""
+    """Attach the result. Names and messages in a failure do nothing to the terminal that shows them."""
     report = yield
-    if is_gated(item):
+    if uses_kld(item):
+        from pytest_kld.session.failure_text import escape_failure
+
+        escape_failure(report)
+    if has_result(item):
         attach_result(item, report)
     return report
 

@@ -41,6 +41,14 @@ SMALL_RUN = ("--kld-dataset=python-docs", "--kld-windows=3", "--kld-window-size=
 """Options of a run that takes a second: three windows of 64 tokens."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="torch finds no GPU"))
+
+
 class MakeModel(Protocol):
     def __call__(
         self, name: str, config: PretrainedConfig | None = None, *, noise: float = 0.0, tokenizer: bool = True

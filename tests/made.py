@@ -29,12 +29,13 @@ def made_result(
     scale: float = 0.01,
     bounds: dict[str, float] | None = None,
     confidence: float | None = None,
+    size: int = SIZE,
     **changes: Any,
 ) -> GateResult:
     """Return a result whose KL is log-normal with a median of `scale` nats."""
     candidate = subject(candidate)
     random = np.random.default_rng(len(candidate.label))
-    shape = (WINDOWS, SIZE)
+    shape = (WINDOWS, size)
     nll = random.exponential(2, shape)
     argmax = random.integers(0, 100, shape)
     columns = {
@@ -45,11 +46,13 @@ def made_result(
         "reference_confidence": np.exp(-nll),
         "reference_argmax": argmax,
         "candidate_argmax": np.where(random.random(shape) < 0.1, argmax + 1, argmax),
+        "reference_cut_mass": np.zeros(shape),
+        "candidate_cut_mass": np.zeros(shape),
         "token_ids": argmax,
         "flags": np.zeros(shape, np.uint8),
     }
     text = {"dataset": "a text", "windows": WINDOWS}
-    protocol = {**text, "window_size": SIZE, "stride": SIZE // 2, "datasets": [text]}
+    protocol = {**text, "window_size": size, "stride": size // 2, "datasets": [text]}
     sides = {"reference": {"model": "reference"}, "candidate": {"model": candidate.label}}
     about = {**sides, "protocol": protocol, "versions": {"torch": "2"}}
     scores = Scores(columns=columns, about=about)

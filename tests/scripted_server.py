@@ -4,8 +4,8 @@
 
 healthy: answers /health. silent: never does. dies: exits with code 3 while booting. floods: prints 50 MB, then is
 healthy. stubborn: healthy, ignores SIGTERM, and so does its child. orphans: healthy, and leaves a child of a child
-in a session of its own. late: healthy after two seconds. errors: healthy, answers /generate with 500. mute:
-healthy, answers /generate as SGLang does and writes nothing.
+in a session of its own. late: healthy after two seconds. errors: healthy, answers /generate with 500. speculates:
+healthy, answers /generate as DFLASH does. mute: healthy, answers /generate as SGLang does and writes nothing.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.behaviour == "errors":
             self.answer(500, {"error": "the kernel is not implemented"})
+            return
+        if self.behaviour == "speculates":
+            self.answer(400, {"error": "DFLASH speculative decoding does not support return_logprob yet."})
             return
         logprobs = [[None, body["input_ids"][0]], *([-1.0, token] for token in body["input_ids"][1:])]
         meta = {"id": body["rid"], "prompt_tokens": len(body["input_ids"]), "input_token_logprobs": logprobs}

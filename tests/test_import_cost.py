@@ -20,6 +20,7 @@ NEEDED_WITHOUT_A_GATE = {
         "pytest_kld.session.fixtures",
     ),
     *("pytest_kld.session.gating", "pytest_kld.session.header", "pytest_kld.session.options"),
+    *("pytest_kld.session.results", "pytest_kld.plain", "pytest_kld.gate.number"),
 }
 """What of the package a session without a gate loads: hooks, options, fixtures' definitions. Each further module costs
 every pytest session of a user about half a millisecond; see benchmarks/README.md."""

@@ -14,6 +14,7 @@ import pytest_kld
 PACKAGE = Path(pytest_kld.__file__).parent
 ROOMS = (
     "errors",  # what can go wrong
+    "plain",  # text that is not ours, made safe to show
     "files",  # files that are whole or not there
     "progress",  # what long work tells about itself
     "subjects",  # what is measured: models and their identity

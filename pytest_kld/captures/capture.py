@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pytest_kld.captures.shape import check_manifest
 from pytest_kld.errors import CaptureError
 from pytest_kld.files import atomic_path, sha256_of_file, sha256_of_json, write_json
 from pytest_kld.kernel.head import Head, HeadCheck, HeadMode, check_head
@@ -117,8 +118,7 @@ class Capture:
     def vocab_size(self) -> int:
         """Return the number of columns of the logits, without padding."""
         if self.manifest["vocab_size"] is None:  # the original layout leaves it to the shape
-            with self._open_window(0) as file:
-                return int(file.get_slice("log_probs").get_shape()[1])
+            return self._shape(0)[1]
         return int(self.manifest["vocab_size"])
 
     @property
@@ -206,13 +206,24 @@ class Capture:
     def _check_shapes(self, size: int) -> None:
         """The original layout says nothing about its windows but by their shape."""
         for window, name in enumerate(self.manifest["window_files"]):
-            with self._open_window(window) as file:
-                shape = file.get_slice(MATRIX[self.store]).get_shape()
+            shape = list(self._shape(window))
             if shape != [size, self.vocab_size]:
                 raise CaptureError(
                     f"{self.path / name} has shape {shape}, expected {[size, self.vocab_size]} (positions, "
                     "vocabulary). Give the --kld-window-size it was made with."
                 )
+
+    def _shape(self, window: int) -> tuple[int, int]:
+        """Return how many positions and columns the matrix of a window has."""
+        with self._open_window(window) as file:
+            shape = file.get_slice(MATRIX[self.store]).get_shape()
+        if len(shape) != 2:
+            file_name = self.path / self.manifest["window_files"][window]
+            raise CaptureError(
+                f"{file_name}: {MATRIX[self.store]} has {len(shape)} dimensions "
+                f"(shape {shape}), expected 2: [positions, vocabulary]. {_WAY_OUT}"
+            )
+        return int(shape[0]), int(shape[1])
 
     def _open_window(self, window: int) -> AbstractContextManager[Any]:
         return self._open_file(self.manifest["window_files"][window])
@@ -233,6 +244,7 @@ def combine_checks(checks: list[HeadCheck]) -> HeadCheck:
         rows=rows,
         worst=max(check.worst for check in checks),
         mean_kl=sum(check.mean_kl * check.rows for check in checks if check.rows) / max(rows, 1),
+        dtype=" and ".join(sorted({check.dtype for check in checks})),
     )
 
 
@@ -246,7 +258,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         intact = manifest.pop("sha256") == sha256_of_json(manifest)
         usable = manifest["schema"] == SCHEMA and manifest["complete"] is True
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CaptureError(f"the manifest {path / MANIFEST} is corrupt ({error!r}). {_WAY_OUT}") from error
     if not intact:
         raise CaptureError(f"the manifest {path / MANIFEST} is corrupt: its SHA-256 is another. {_WAY_OUT}")
@@ -254,6 +266,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CaptureError(
             f"the capture {path} is incomplete or of schema {manifest['schema']}, not {SCHEMA}. {_WAY_OUT}"
         )
+    try:
+        check_manifest(manifest, head_file=HEAD_FILE, window_file=window_file)
+    except ValueError as error:
+        raise CaptureError(f"the manifest {path / MANIFEST} is not a capture's: {error}. {_WAY_OUT}") from error
     return manifest
 
 

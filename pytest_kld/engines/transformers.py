@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
@@ -18,6 +19,7 @@ from pytest_kld.engines.quantized import require_supported
 from pytest_kld.errors import CaptureError, ModelError
 from pytest_kld.kernel.device import describe_device, pick_device
 from pytest_kld.kernel.head import Head
+from pytest_kld.servers.environment import numeric_environment
 from pytest_kld.subjects.subject import as_json
 
 if TYPE_CHECKING:
@@ -77,7 +79,7 @@ class TransformersEngine:
         return facts_of(config, self._dtype_name(arguments), _quantization(arguments))
 
     def fingerprint(self, subject: Subject) -> dict[str, Any]:
-        """Return versions, devices, every setting of this engine, and the arguments. See `Engine.fingerprint`."""
+        """Return versions, devices, every setting, the arguments and the environment. See `Engine.fingerprint`."""
         device = pick_device(self.device)
         spread = device.type == "cuda" and subject.arguments.get("device_map") is not None
         devices = [torch.device("cuda", n) for n in range(torch.cuda.device_count())] if spread else [device]
@@ -89,6 +91,7 @@ class TransformersEngine:
             "devices": [describe_device(one) for one in devices],
             **{name: as_json(value) for name, value in settings.items()},
             "arguments": as_json(subject.arguments),
+            "environment": numeric_environment(os.environ),
         }
 
     @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from pytest_kld.captures.capture import LogitsReader
 from pytest_kld.errors import CaptureError
 from pytest_kld.figures.evidence import gather_evidence
 from pytest_kld.figures.scores import COLUMNS, EXTENDED_COLUMNS, SCHEMA, Scores
+from pytest_kld.kernel.device import release_memory
 from pytest_kld.kernel.divergence import Divergence, divergence
 from pytest_kld.kernel.extended import Extended, extended_divergence
 from pytest_kld.kernel.reduction import Reduction, compiled_reduction, eager_reduction
@@ -42,7 +44,7 @@ def compare(
     extended: bool = False,
     known: Scores | None = None,
 ) -> Scores:
-    """Compute the figures of every position of every window.
+    """Compute the figures of every position of every window. No memory of the device is kept, also after an error.
 
     Args:
         reference: the reference's capture.
@@ -61,32 +63,56 @@ def compare(
     """
     vocab_size = min(reference.vocab_size, candidate.vocab_size)
     _require_labels(vocab_size, windows, reference, candidate)
-    readers = [LogitsReader.of(capture, head, device) for capture in (reference, candidate)]
-    shape = (windows.count, windows.size)
+    readers: list[LogitsReader] = []
+    try:
+        readers += (LogitsReader.of(capture, head, device) for capture in (reference, candidate))
+        reduction, kernel = _pick_reduction(windows, reference, candidate, device)
+        columns, done = _columns(windows, extended, known if known and known.about["kernel"] == kernel else None)
+        with progress.task(f"compare {candidate.name}", windows.count, done) as task:
+            for window in range(done, windows.count):
+                _require_same_ids(window, windows, reference, candidate)
+                _score_window(window, windows, readers, reduction, columns)
+                task.advance()
+        scores = Scores(columns=columns, about=_about(reference, candidate, windows, head, device, kernel, vocab_size))
+        return replace(scores, evidence=gather_evidence(scores, readers, windows.starts))
+    except BaseException as error:
+        clear_frames(error.__traceback__)  # an error that is kept would keep the heads and blocks of logits as well
+        raise
+    finally:
+        readers.clear()
+        release_memory(device)
+
+
+def _columns(windows: Windows, extended: bool, known: Scores | None) -> tuple[dict[str, NDArray[Any]], int]:
+    """Return the table's columns, and for how many windows they are filled in from scores that are known."""
+    shape, done = (windows.count, windows.size), 0
     columns = {name: np.empty(shape, dtype) for name, dtype in COLUMNS.items()}
     if extended:
         columns |= {name: np.empty(shape, np.float64) for name in EXTENDED_COLUMNS}
     columns["token_ids"][:] = windows.token_ids
-    reduction, kernel = _pick_reduction(windows, reference, candidate, device)
-    rows = max(1, _BLOCK_ELEMENTS // max(reference.vocab_size, candidate.vocab_size))
-    done = 0
-    if known is not None and known.about["kernel"] == kernel and known.columns.keys() >= columns.keys():
+    if known is not None and known.columns.keys() >= columns.keys():
         done = len(known.columns["flags"])
         for name, column in columns.items():
             column[:done] = known.columns[name]
-    with progress.task(f"compare {candidate.name}", windows.count, done) as task:
-        for window in range(done, windows.count):
-            _require_same_ids(window, windows, reference, candidate)
-            labels = torch.from_numpy(np.append(windows.token_ids[window, 1:], -1)).to(device)
-            for start in range(0, windows.size, rows):
-                stop = min(start + rows, windows.size)
-                logits_r, logits_c = (reader.logits(window, start, stop) for reader in readers)
-                _keep(divergence(logits_r, logits_c, labels[start:stop], reduction=reduction), columns, window, start)
-                if extended:
-                    _keep(extended_divergence(logits_r, logits_c), columns, window, start)
-            task.advance()
-    scores = Scores(columns=columns, about=_about(reference, candidate, windows, head, device, kernel, vocab_size))
-    return replace(scores, evidence=gather_evidence(scores, readers, windows.starts))
+    return columns, done
+
+
+def _score_window(
+    window: int,
+    windows: Windows,
+    readers: list[LogitsReader],
+    reduction: Reduction,
+    columns: dict[str, NDArray[Any]],
+) -> None:
+    labels = torch.from_numpy(np.append(windows.token_ids[window, 1:], -1))
+    rows = max(1, _BLOCK_ELEMENTS // max(reader.capture.vocab_size for reader in readers))
+    for start in range(0, windows.size, rows):
+        stop = min(start + rows, windows.size)
+        logits_r, logits_c = (reader.logits(window, start, stop) for reader in readers)
+        block_labels = labels[start:stop].to(logits_r.device)
+        _keep(divergence(logits_r, logits_c, block_labels, reduction=reduction), columns, window, start)
+        if EXTENDED_COLUMNS[0] in columns:
+            _keep(extended_divergence(logits_r, logits_c), columns, window, start)
 
 
 def _keep(figures: Divergence | Extended, columns: dict[str, NDArray[Any]], window: int, start: int) -> None:
@@ -167,4 +193,5 @@ def _about(
 
 def _side(capture: Capture) -> dict[str, Any]:
     described = ("model", "facts", "key", "store", "store_reason", "vocab_size", "transforms", "checks")
-    return {"digest": capture.digest, **{name: capture.manifest.get(name) for name in described}}
+    described_side = {name: capture.manifest.get(name) for name in described}
+    return {"digest": capture.digest, **described_side, "vocab_size": capture.vocab_size}

@@ -18,9 +18,11 @@ class Interval:
 
     Attributes:
         low: the lower bound; it errs as often as the upper.
-        high: the upper bound; infinite where the text is too short to give one.
+        high: the upper bound; infinite if the text is too short to give one.
         confidence: the share of texts for which such an interval holds the figure of all text of this kind.
         effective_positions: independent positions that would leave the figure as uncertain.
+        least_windows: if the text is too short for a bound, the least number of windows that would do; the interval
+            then has all values that the figure can take (of a quantile, all values upwards). Else None.
 
     """
 
@@ -28,6 +30,7 @@ class Interval:
     high: float
     confidence: float
     effective_positions: float
+    least_windows: int | None = None
 
     def times_the_text(self, value: float, bound: float) -> float | None:
         """Return how many times the text would probably tell the figure from the bound; None if far too many.

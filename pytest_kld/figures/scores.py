@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-SCHEMA = 3
+SCHEMA = 4
 """Version of the scores file; it is part of the cache key."""
 
 COLUMNS = {
@@ -34,6 +34,8 @@ COLUMNS = {
     "reference_confidence": np.float64,
     "reference_argmax": np.int32,
     "candidate_argmax": np.int32,
+    "reference_cut_mass": np.float64,
+    "candidate_cut_mass": np.float64,
     "token_ids": np.int32,
     "flags": np.uint8,
 }
@@ -162,6 +164,8 @@ class Summary:
         reference_nan_count: positions of the table where the reference is not finite.
         candidate_nan_count: positions of the table where the candidate is not finite.
         infinite_count: valid positions with KL = +inf.
+        cut_mass: the largest probability, at any valid position and of either side, of tokens that the other side
+            lacks; every other figure is of what is left, renormalised. 0 if the vocabularies are equal.
         top1_agreement: share of valid positions where both name the same most probable token.
         reference_ppl: perplexity, exp(mean NLL), of the reference over valid positions with a label.
         candidate_ppl: the same of the candidate.
@@ -193,6 +197,7 @@ class Summary:
     reference_nan_count: int
     candidate_nan_count: int
     infinite_count: int
+    cut_mass: float
     top1_agreement: float
     reference_ppl: float
     candidate_ppl: float
@@ -247,6 +252,7 @@ class Summary:
             reference_nan_count=int(reference_bad.sum()),
             candidate_nan_count=int(candidate_bad.sum()),
             infinite_count=int(np.isinf(kl).sum()),
+            cut_mass=max(float(columns[f"{side}_cut_mass"][valid].max()) for side in ("reference", "candidate")),
             top1_agreement=float(1 - changed[valid].mean()),
             reference_ppl=_exp(float(nll_r.mean())),
             candidate_ppl=_exp(float(nll_c.mean())),
@@ -261,15 +267,15 @@ class Summary:
     def macro_average(cls, summaries: Sequence[Summary]) -> Summary:
         """Average over datasets, each with the same weight whatever its size.
 
-        Counts are summed and `max` is the largest; every other figure is the mean of the datasets' figures, and None
-        where one of them has none.
+        Counts are summed, and `max` and `cut_mass` are the largest; every other figure is the mean of the datasets'
+        figures, and None if one of them has none.
         """
         figures: dict[str, Any] = {}
         for one in fields(cls):
             values = [getattr(summary, one.name) for summary in summaries]
             if one.name in _COUNTS:
                 figures[one.name] = sum(values)
-            elif one.name == "max":
+            elif one.name in ("max", "cut_mass"):
                 figures[one.name] = max(values)
             else:
                 figures[one.name] = None if None in values else float(np.mean(values))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,7 @@ from pytest_kld.figures.interval import Interval
 from pytest_kld.figures.scores import CONFIDENT, EXTENDED_COLUMNS, Summary, labelled_positions, valid_positions
 
 if TYPE_CHECKING:
-    from pytest_kld.figures.interval import Interval
-from pytest_kld.figures.scores import Scores
+    from pytest_kld.figures.scores import Scores
 
 Floats = NDArray[np.float64]
 Columns = Mapping[str, NDArray[Any]]
@@ -33,6 +32,11 @@ windows, down to half as many may come of it."""
 _CORRELATION_LENGTHS = 6
 """Blocks are at least so many correlation lengths long; what leaks over their edges is then a few percent of a
 variance."""
+LEAST_BLOCKS = 5
+"""With fewer effective blocks than this there is no interval: Student's t then is mostly about its own width."""
+RAREST = 0.01
+"""A mean has an interval only if the text shows this share of the positions, those with the greatest values: a heavy
+tail carries a large part of the mean there, and a text without it says nothing of it."""
 _T_GRID = 1 << 15
 
 
@@ -45,6 +49,8 @@ class Blocks:
         tokens: distinct tokens of the source text.
         length: tokens in a block.
         count: number of blocks.
+        window_size: tokens in a window.
+        stride: tokens of the source text from the start of one window to that of the next.
 
     """
 
@@ -52,6 +58,8 @@ class Blocks:
     tokens: int
     length: int
     count: int
+    window_size: int
+    stride: int
 
     @classmethod
     def cut(cls, scores: Scores) -> Blocks:
@@ -64,7 +72,8 @@ class Blocks:
         wanted = max(_CORRELATION_LENGTHS * correlation_length(scores, source), tokens // MOST_BLOCKS)
         half = _align(max(1, min(wanted, tokens // FEWEST_BLOCKS) // 2), stride)
         half_of = source // half
-        return cls(half_of=half_of, tokens=tokens, length=2 * half, count=int(half_of[-1, -1]) // 2 + 1)
+        count = int(half_of[-1, -1]) // 2 + 1
+        return cls(half_of=half_of, tokens=tokens, length=2 * half, count=count, window_size=size, stride=stride)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +85,8 @@ class Mean:
         transform: an increasing function, mean → figure.
         labelled: whether only positions with a label count.
         extended: whether it takes the columns of the second pass.
+        least: the least value of the figure that there can be.
+        greatest: the greatest.
 
     """
 
@@ -83,6 +94,12 @@ class Mean:
     transform: Callable[[float], float] = float
     labelled: bool = False
     extended: bool = False
+    least: float = 0.0
+    greatest: float = math.inf
+
+    def least_positions(self, error: float) -> float:
+        """Return how many effective positions show the tail, but for a chance of half the error."""
+        return _to_see(RAREST, error)
 
     def interval(self, sample: _Sample, quantile: float) -> tuple[float, float, float]:
         """Return low, high and effective positions; see `_skewness_corrected`."""
@@ -93,8 +110,7 @@ class Mean:
         error, skewness = _error_of_mean(values, halves, mean)
         low, high = _skewness_corrected(mean, error, skewness, quantile)
         effective = float(values.var()) / error**2 if error else float(sample.blocks.tokens)
-        # No mean lies outside of its values, whatever the approximation says.
-        return self.transform(max(low, float(values.min()))), self.transform(min(high, float(values.max()))), effective
+        return max(self.transform(low), self.least), min(self.transform(high), self.greatest), effective
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +125,12 @@ class Share:
 
     holds: Callable[[Columns], NDArray[Any]]
     among: Callable[[Columns], NDArray[Any]] | None = None
+    least: ClassVar[float] = 0.0
+    greatest: ClassVar[float] = 1.0
+
+    def least_positions(self, error: float) -> float:  # noqa: ARG002 (as the others)
+        """Return 1: Wilson's interval holds for any number."""
+        return 1.0
 
     def interval(self, sample: _Sample, quantile: float) -> tuple[float, float, float]:
         """Return low, high and effective positions: Wilson's interval at the effective sample size."""
@@ -127,6 +149,12 @@ class Quantile:
     """
 
     level: float
+    least: ClassVar[float] = 0.0
+    greatest: ClassVar[float] = math.inf
+
+    def least_positions(self, error: float) -> float:
+        """Return how many effective positions have one beyond the quantile, but for a chance of half the error."""
+        return _to_see(1 - self.level, error)
 
     def interval(self, sample: _Sample, quantile: float) -> tuple[float, float, float]:
         """Return low, high and effective positions, by Woodruff's method.
@@ -140,12 +168,16 @@ class Quantile:
         below = (kl <= ordered[math.ceil(self.level * n) - 1]).astype(np.float64)
         effective = _effective(below, halves, sample.blocks.tokens)
         low, high = _wilson(self.level, effective, quantile)
-        upper = math.ceil(high * n)
+        lower, upper = math.floor(low * n) - 1, math.ceil(high * n)
         return (
-            float(ordered[max(0, math.floor(low * n) - 1)]),
-            float(ordered[upper]) if upper < n else math.inf,
+            float(ordered[lower]) if lower >= 0 else self.least,
+            float(ordered[upper]) if upper < n else self.greatest,
             effective,
         )
+
+
+def _exp(x: float) -> float:
+    return math.inf if x > 709 else math.exp(x)
 
 
 FIGURES: Mapping[str, Mean | Share | Quantile] = {
@@ -160,18 +192,21 @@ FIGURES: Mapping[str, Mean | Share | Quantile] = {
         lambda columns: columns["reference_confidence"] > CONFIDENT,
     ),
     "reverse_kl": Mean(lambda columns: columns["reverse_kl"], extended=True),
-    "js": Mean(lambda columns: columns["js"], extended=True),
-    "tv": Mean(lambda columns: columns["tv"], extended=True),
-    "top5_overlap": Mean(lambda columns: columns["top5_overlap"], extended=True),
-    "entropy_difference": Mean(lambda columns: columns["entropy_difference"], extended=True),
+    "js": Mean(lambda columns: columns["js"], extended=True, greatest=math.log(2)),
+    "tv": Mean(lambda columns: columns["tv"], extended=True, greatest=1.0),
+    "top5_overlap": Mean(lambda columns: columns["top5_overlap"], extended=True, greatest=1.0),
+    "entropy_difference": Mean(lambda columns: columns["entropy_difference"], extended=True, least=-math.inf),
     "abs_entropy_difference": Mean(lambda columns: np.abs(columns["entropy_difference"]), extended=True),
     "top1_agreement": Share(lambda columns: columns["reference_argmax"] == columns["candidate_argmax"]),
-    "ppl_ratio": Mean(lambda columns: columns["candidate_nll"] - columns["reference_nll"], math.exp, labelled=True),
-    "log_ppl_ratio": Mean(lambda columns: columns["candidate_nll"] - columns["reference_nll"], labelled=True),
+    "ppl_ratio": Mean(lambda columns: columns["candidate_nll"] - columns["reference_nll"], _exp, labelled=True),
+    "log_ppl_ratio": Mean(
+        lambda columns: columns["candidate_nll"] - columns["reference_nll"], labelled=True, least=-math.inf
+    ),
     "rms_delta_p": Mean(
         lambda columns: (np.exp(-columns["candidate_nll"]) - np.exp(-columns["reference_nll"])) ** 2,
         lambda mean: math.sqrt(max(0.0, mean)),
         labelled=True,
+        greatest=1.0,
     ),
 }
 """Every figure of `Summary` with an interval. Counts and the maximum have none: they say nothing of other text."""
@@ -188,36 +223,67 @@ def intervals(
         spend: the share of that error that this look at the data may use up. See `rounds.py`.
         names: the figures that are wanted; those without an interval are left out.
 
+    If the text has too few blocks or effective positions for a figure, its interval has all values that the figure can
+    take (of a quantile, all values upwards), and names the least number of windows that would do.
+
     """
-    sample = _Sample(scores)
-    quantile = student_quantile(1 - (1 - confidence) * spend / 2, sample.degrees_of_freedom)
+    sample, error = _Sample(scores), (1 - confidence) * spend
+    quantile = student_quantile(1 - error / 2, sample.degrees_of_freedom)
     found = {}
     for name, figure in ((name, figure) for name, figure in FIGURES.items() if name in names and sample.has(figure)):
         low, high, effective = figure.interval(sample, quantile)
-        found[name] = Interval(low=low, high=high, confidence=confidence, effective_positions=effective)
+        known = math.isinf(low) and low == high  # infinite positions were seen, and no further text undoes that
+        least = None if known else sample.least_windows(figure.least_positions(error), effective)
+        if least is not None:
+            # A quantile's lower bound needs nothing that is rarer than the quantile.
+            low = low if isinstance(figure, Quantile) and sample.has_blocks else figure.least
+            high = figure.greatest
+        found[name] = Interval(
+            low=low, high=high, confidence=confidence, effective_positions=effective, least_windows=least
+        )
     return found
+
+
+def _to_see(share: float, error: float) -> float:
+    """Return how many positions hold one of this rare share, but for a chance of half the error (Wilks 1941)."""
+    return math.log(error / 2) / math.log1p(-share)
 
 
 def macro_average(parts: Sequence[Mapping[str, Interval]], summaries: Sequence[Summary]) -> dict[str, Interval]:
     """Return the intervals of an average over datasets, each with the same weight, from those of each.
 
     Datasets are independent, so the distances from the figures to their bounds add up as squares (the method of
-    variance estimates recovery, Zou & Donner 2008).
+    variance estimates recovery, Zou & Donner 2008). If one of them is too short for an interval, all of them together
+    need as many windows as that one needs, times their number.
     """
     average = Summary.macro_average(summaries)
     found = {}
     for name in set.intersection(*(set(part) for part in parts)):
-        value = getattr(average, name)
         known = [(part[name], getattr(summary, name)) for part, summary in zip(parts, summaries, strict=True)]
-        low = math.hypot(*(figure - interval.low for interval, figure in known)) / len(parts)
-        high = math.hypot(*(interval.high - figure for interval, figure in known)) / len(parts)
+        least = [interval.least_windows for interval, _ in known if interval.least_windows is not None]
+        low, high = _mean_of_ends(known) if least else _recovered_ends(known, getattr(average, name))
         found[name] = Interval(
-            low=value - low if math.isfinite(value) else value,
-            high=value + high if math.isfinite(value) else value,
+            low=low,
+            high=high,
             confidence=known[0][0].confidence,
             effective_positions=sum(interval.effective_positions for interval, _ in known),
+            least_windows=len(parts) * max(least) if least else None,
         )
     return found
+
+
+def _mean_of_ends(known: Sequence[tuple[Interval, float]]) -> tuple[float, float]:
+    """Return bounds that hold wherever in their intervals the datasets' figures are."""
+    low, high = (float(np.mean([getattr(interval, end) for interval, _ in known])) for end in ("low", "high"))
+    return low, high
+
+
+def _recovered_ends(known: Sequence[tuple[Interval, float]], value: float) -> tuple[float, float]:
+    if not math.isfinite(value):
+        return value, value
+    low = math.hypot(*(figure - interval.low for interval, figure in known)) / len(known)
+    high = math.hypot(*(interval.high - figure for interval, figure in known)) / len(known)
+    return value - low, value + high
 
 
 class _Sample:
@@ -232,8 +298,35 @@ class _Sample:
     @property
     def degrees_of_freedom(self) -> float:
         """One less than the effective number of blocks (Kish 1965), which count by their valid positions."""
+        return max(1.0, self._effective_blocks - 1)
+
+    @property
+    def _effective_blocks(self) -> float:
         sizes = np.bincount(self.blocks.half_of[self.valid] // 2).astype(np.float64)
-        return max(1.0, float(sizes.sum() ** 2 / (sizes**2).sum()) - 1)
+        return float(sizes.sum() ** 2 / (sizes**2).sum())
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether there are enough blocks for any interval."""
+        return self._effective_blocks >= LEAST_BLOCKS
+
+    def least_windows(self, positions: float, effective: float) -> int | None:
+        """Return how many windows a figure needs at least; None if this text is enough.
+
+        Args:
+            positions: effective positions that it needs.
+            effective: those that it has.
+
+        """
+        tokens, size, stride = self.blocks.tokens, self.blocks.window_size, self.blocks.stride
+        effective = min(effective, tokens)  # a token that is scored again shows nothing new of the tail
+        if self.has_blocks and effective >= positions:
+            return None
+        # Too few blocks do not tell how many positions depend on one another: at best none do.
+        dependence = tokens / effective if self.has_blocks else 1.0
+        needed = max(positions * dependence, tokens * LEAST_BLOCKS / self._effective_blocks)
+        windows = 1 + (tokens - size) // stride
+        return max(windows + 1, 1 + math.ceil((needed - size) / stride))
 
     def among(self, condition: Callable[[Columns], NDArray[Any]] | None) -> NDArray[np.bool_]:
         """Return which valid positions meet a condition."""

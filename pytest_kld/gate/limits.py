@@ -6,6 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pytest_kld.gate.number import decimal_number, shown
+
+_GREATEST_COUNT = 10**15
+"""More positions than any text has; floats hold every count up to here."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limit:
@@ -46,14 +51,16 @@ class Limit:
         """
         kind = "a whole number" if self.integer else "a number"
         upper = "" if math.isinf(self.greatest) else f" and at most {self.greatest:g}"
-        wanted = f"expected {kind} of at least 0{upper}, got {value!r}"
+        wanted = f"expected {kind} of at least 0{upper}, got {shown(value)}"
         if isinstance(value, bool) or not isinstance(value, int | float | str):
             raise ValueError(wanted)
         try:
-            number = float(value)
-        except ValueError:
+            number = decimal_number(value) if isinstance(value, str) else float(value)
+        except OverflowError:  # a whole number beyond what a float holds
             raise ValueError(wanted) from None
-        if not 0 <= number <= self.greatest or math.isinf(number) or (self.integer and number != int(number)):
+        if number is None or not 0 <= number <= self.greatest or math.isinf(number):
+            raise ValueError(wanted)
+        if self.integer and (number != int(number) or number > _GREATEST_COUNT):
             raise ValueError(wanted)
         return number
 
@@ -74,6 +81,13 @@ LIMITS: Mapping[str, Limit] = {
             label="reference NaN count",
             integer=True,
             default=0,
+        ),
+        Limit(
+            name="max_cut_mass",
+            figure="cut_mass",
+            label="probability outside the common vocabulary",
+            greatest=1,
+            default=0.01,
         ),
         Limit(name="min_top1", figure="top1_agreement", label="top-1 agreement", greatest=1),
         Limit(name="max_ppl_ratio", figure="ppl_ratio", label="perplexity ratio"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_kld.gate.verdict import band
+from pytest_kld.plain import plain
 from pytest_kld.subjects.subject import Subject
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ class GateResult:
         body_passed: whether the test's own body passed; None if it did not run.
         figures: the `Summary` by name, of several datasets their macro average; None if not measured.
         datasets: the same of each dataset, by its name.
-        intervals: by figure `low`, `high`, `confidence`, `effective_positions`; empty without --kld-confidence.
+        intervals: by figure `low`, `high`, `confidence`, `effective_positions`, `least_windows`; empty without
+            --kld-confidence.
         checks: each limit with `limit`, `figure`, `dataset` (None: the macro average), `value`, `bound`, `passed`,
             `state` (`pass`, `fail`, `inconclusive`), `interval` and `more_windows`: how many would probably decide it.
         undecided: what --kld-inconclusive makes of a test whose limits are undecided.
@@ -52,7 +54,7 @@ class GateResult:
     body_passed: bool | None = None
     figures: dict[str, Any] | None = None
     datasets: dict[str, dict[str, Any]] = field(default_factory=dict)
-    intervals: dict[str, dict[str, float]] = field(default_factory=dict)
+    intervals: dict[str, dict[str, Any]] = field(default_factory=dict)
     checks: tuple[dict[str, Any], ...] = ()
     undecided: Inconclusive = "fail"
     about: dict[str, Any] | None = None
@@ -70,6 +72,11 @@ class GateResult:
         """Return the number of windows that were measured."""
         return 0 if self.about is None else int(self.about["protocol"]["windows"])
 
+    def windows_of(self, dataset: str | None) -> int:
+        """Return the number of windows of one dataset that were measured; of None, of all."""
+        parts = [] if self.about is None else self.about["protocol"].get("datasets", [])
+        return next((int(part["windows"]) for part in parts if part["dataset"] == dataset), self.windows)
+
     @property
     def inconclusive(self) -> bool:
         """Whether no limit is exceeded and some are undecided."""
@@ -80,11 +87,12 @@ class GateResult:
     def notes(self) -> list[str]:
         """Return what a reader of the figures should know about how they came about."""
         found = []
-        if self.figures is not None and self.figures["max"] == 0:
+        if self.figures is not None and self.figures["max"] == 0 and not self.figures.get("cut_mass"):
             found.append(
                 f"KLD of {self.candidate.label} is exactly 0 at every position: it computes what the reference does. "
                 "Was the same model named twice?"
             )
+        found += self._vocabulary_notes()
         sides = [
             ((self.about or {}).get(side, {}).get("key") or {}).get("engine") for side in ("reference", "candidate")
         ]
@@ -94,12 +102,26 @@ class GateResult:
                 f"{self.candidate.label} ran in {candidate} and the reference in {reference}: part of the divergence "
                 "is between the engines, about 2e-3 nats in bfloat16"
             )
+        for name, side in zip(("the reference", self.candidate), sides, strict=True):
+            found += [f"{name}: {note}" for note in (side or {}).get("notes", ())]
         return found
+
+    def _vocabulary_notes(self) -> list[str]:
+        sizes = [(self.about or {}).get(side, {}).get("vocab_size") for side in ("reference", "candidate")]
+        if None in sizes or sizes[0] == sizes[1] or self.figures is None:
+            return []
+        reference, candidate = self.reference.label, self.candidate.label
+        wider = reference if sizes[0] > sizes[1] else candidate
+        return [
+            f"the vocabularies differ: {reference} has {sizes[0]:,} tokens and {candidate} {sizes[1]:,}. The "
+            f"figures are of the first {min(sizes):,}, renormalised; {wider} gives the others a probability of up to "
+            f"{self.figures['cut_mass']:.3g}"
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
-        plain = {one.name: getattr(self, one.name) for one in fields(self)}
-        return {**plain, "reference": self.reference.to_json(), "candidate": self.candidate.to_json()}
+        data = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {**data, "reference": self.reference.to_json(), "candidate": self.candidate.to_json()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> GateResult:
@@ -109,7 +131,8 @@ class GateResult:
 
     def properties(self) -> list[tuple[str, str | float]]:
         """Return the figures as properties of the test case, for `--junitxml`."""
-        described = {"candidate": self.candidate.label, "reference": self.reference.label, "band": self.band}
+        names = {"candidate": plain(self.candidate.label), "reference": plain(self.reference.label)}
+        described = {**names, "band": self.band}
         limits = {check["limit"]: check["bound"] for check in self.checks}
         bounds = {
             f"{name}_{end}": interval[end]
@@ -122,6 +145,30 @@ class GateResult:
             for name, value in {**described, **(self.figures or {}), **confidence, **bounds, **limits}.items()
             if value is not None
         ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Incomplete:
+    """A session that ended before every gated test had run.
+
+    Attributes:
+        reason: why it ended, in pytest's words.
+        planned: how many gated tests were collected.
+        not_measured: the node ids of those that did not run to their end, in the order of the collection.
+
+    """
+
+    reason: str
+    planned: int
+    not_measured: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Say in one sentence what is missing, without the names."""
+        missing = len(self.not_measured)
+        return (
+            f"the session ended early ({self.reason}); {missing} of {self.planned} gated "
+            f"test{'' if self.planned == 1 else 's'} {'was' if missing == 1 else 'were'} not measured"
+        )
 
 
 def checks_of(verdict: Verdict) -> tuple[dict[str, Any], ...]:

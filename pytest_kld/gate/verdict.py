@@ -43,7 +43,7 @@ class Check:
 
     @property
     def state(self) -> State:
-        """`pass` where the whole interval is within the bound, `fail` where none of it is. NaN never is within."""
+        """`pass` if the whole interval is within the bound, `fail` if none of it is. NaN never is within."""
         if self.interval is None:
             return "pass" if self._within(self.value) else "fail"
         low, high = self.interval.low, self.interval.high
@@ -59,9 +59,14 @@ class Check:
 
     @property
     def more_windows(self) -> int | None:
-        """Return how many more windows would probably decide the limit; None if too many or none."""
+        """Return how many more windows would probably decide the limit; None if too many or none.
+
+        If there are too few windows for an interval: how many are missing for one.
+        """
         if self.interval is None or self.state != "inconclusive":
             return None
+        if self.interval.least_windows is not None:
+            return max(1, self.interval.least_windows - self.windows)
         times = self.interval.times_the_text(self.value, self.bound)
         return None if times is None else max(1, math.ceil((times - 1) * self.windows))
 
@@ -91,9 +96,14 @@ class Check:
         return f" [{low}, {high}]"
 
     def _outlook(self) -> str:
-        if self.state != "inconclusive":
+        if self.interval is None or self.state != "inconclusive":
             return ""
         more = self.more_windows
+        if self.interval.least_windows is not None:
+            return (
+                f"; too few positions for confidence {self.interval.confidence:g}: at least "
+                f"{self.interval.least_windows:,} windows are needed, and there are {self.windows:,}"
+            )
         if more is None:
             return "; too close to the limit for any sensible number of windows"
         return f"; about {more:,} more windows would probably settle it"

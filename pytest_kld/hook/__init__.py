@@ -10,6 +10,7 @@ holds its seams (`sglang`): where the engine is hooked, and how its objects are 
     install()           the engine calls it in each of its processes
     PACKAGES            the packages whose versions determine a capture's bits, the engine's own first
     why_not_hooked()    why `install` would not be called in the engine that is installed, or None
+    options()           the flags of the release that is installed, or None; see `options`
 """
 
 from __future__ import annotations

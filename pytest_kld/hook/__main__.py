@@ -16,7 +16,7 @@ from pytest_kld.servers.gpus import query_gpus
 
 
 def main() -> None:
-    """Print versions, GPUs, and whether the hook gets into the engine."""
+    """Print versions, GPUs, the release's flags, and whether the hook gets into the engine."""
     seams = import_module(sys.argv[1])
     versions = {}
     for package in seams.PACKAGES:
@@ -30,6 +30,7 @@ def main() -> None:
         "pytest_kld": __version__,
         "versions": versions,
         "devices": query_gpus("name"),
+        "options": seams.options(),
         "hooked": why_not is None,
         "why_not": why_not,
     }

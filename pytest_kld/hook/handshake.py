@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from pytest_kld import __version__
 from pytest_kld.hook.head import HeadDescription, HeadPart
 from pytest_kld.hook.protocol import HANDSHAKE_FILE, PROTOCOL, write_json_whole
+from pytest_kld.servers.environment import numeric_environment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +55,7 @@ class ServerDescription:
 
 
 def write_handshake(run: Path, description: ServerDescription) -> None:
-    """Write who answers: versions, model, numerics, head."""
+    """Write who answers: versions, model, numerics, head, environment."""
     fields = ServerDescription.__dataclass_fields__
     told = {name: getattr(description, name) for name in fields if name not in ("head", "head_part")}
     write_json_whole(
@@ -63,6 +65,7 @@ def write_handshake(run: Path, description: ServerDescription) -> None:
             "protocol": PROTOCOL,
             "pytest_kld": __version__,
             "torch": str(torch.__version__),
+            "environment": numeric_environment(os.environ),
             "head": asdict(description.head),
         },
     )

@@ -207,7 +207,7 @@ class Recorder:
             copies = {name: copy_to_host(tensor) for name, tensor in part.tensors.items()}
             where = {"start": str(part.start), "stop": str(part.stop)}
             self._writer.put(Piece(run.path / head_file(rank), copies, metadata=where))
-        if rank == 0:
+        if rank == 0 or description.refusal is not None:  # then rank 0 may never see this request
             write_handshake(run.path, description)
 
     def _take(

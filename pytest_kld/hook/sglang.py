@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_kld.errors import PatchError
 from pytest_kld.hook import put_in
+from pytest_kld.hook.options import read_options
 from pytest_kld.hook.patching import Installation, State
 
 if TYPE_CHECKING:
@@ -40,9 +41,14 @@ _ARGUMENTS = (
     "pp_size",
     "dp_size",
     "enable_dp_attention",
+    "attn_dp_size",
     "device",
 )
 """What of the server's arguments the handshake tells."""
+_DP_ATTENTION = (
+    "it runs data-parallel attention, so the head's input holds rows of other ranks' requests. Start it with --tp "
+    "alone, or with --dp-size without it"
+)
 
 
 def install() -> None:
@@ -66,6 +72,14 @@ def why_not_hooked() -> str | None:
     if state is State.MODIFIED:
         return f"{what} has no plugins and cannot be patched: {found.target} {state.value}."
     return None
+
+
+def options() -> dict[str, tuple[str, str]] | None:
+    """Return the flags of the release that is installed; None if they cannot be read. See `hook.options`."""
+    try:
+        return read_options(Installation.find().root)
+    except PatchError:
+        return None
 
 
 def _hook(recorder: Recorder) -> None:
@@ -219,7 +233,6 @@ def _describe_server(runner: Any, processor: Any, head: Any) -> ServerDescriptio
 
     config, arguments = runner.model_config, runner.server_args
     quantization = getattr(config, "quantization", None)
-    refusal = "it runs data-parallel attention" if getattr(arguments, "enable_dp_attention", False) else None
     return ServerDescription(
         engine="sglang",
         version=version,
@@ -238,8 +251,19 @@ def _describe_server(runner: Any, processor: Any, head: Any) -> ServerDescriptio
         head_ranks=int(arguments.tp_size or 1),
         head_part=lambda: head_part(head, _rank(runner)),
         arguments={name: _plain(getattr(arguments, name, None)) for name in _ARGUMENTS},
-        refusal=refusal,
+        refusal=_DP_ATTENTION if runs_dp_attention(arguments, processor) else None,
     )
+
+
+def runs_dp_attention(arguments: Any, processor: Any) -> bool:
+    """Tell whether the running processor's rows are of several attention groups, each with requests of its own.
+
+    It gathers the rows of all groups before the head (`do_tensor_parallel_all_gather_dp_attn`), or each group has a
+    head of its own (`use_attn_tp_group`). The server's arguments may say so too.
+    """
+    names = ("do_tensor_parallel_all_gather_dp_attn", "use_attn_tp_group")
+    asked = getattr(arguments, "enable_dp_attention", False) or (getattr(arguments, "attn_dp_size", None) or 1) > 1
+    return bool(asked) or any(getattr(processor, name, None) for name in names)
 
 
 def _plain(value: Any) -> Any:

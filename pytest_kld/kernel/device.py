@@ -40,3 +40,9 @@ def describe_device(device: torch.device) -> str:
         words = set(_CPU_INFO.read_text(encoding="utf-8", errors="replace").split())
         sets = sorted(word for word in words if word.startswith(_PRODUCTS))
     return " ".join([device.type, torch.backends.cpu.get_cpu_capability(), *sets])
+
+
+def release_memory(device: torch.device) -> None:
+    """Return to the system what torch's allocator keeps of a device, so that another process can use it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -20,12 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pytest_kld.kernel.beyond import log_weight_beyond, not_finite
 from pytest_kld.kernel.reduction import Reduction, eager_reduction
 
 REFERENCE_NON_FINITE = 1
-"""Flag bit: the reference's row holds NaN or +inf, or is −inf everywhere."""
+"""Flag bit: the reference's row holds NaN or +inf, or is −inf in every column that both sides have."""
 CANDIDATE_NON_FINITE = 2
-"""Flag bit: the candidate's row holds NaN or +inf, or is −inf everywhere."""
+"""Flag bit: the candidate's row does."""
 NO_LABEL = 4
 """Flag bit: the position has no next token (the last one of a window)."""
 
@@ -44,6 +45,10 @@ class Divergence:
         reference_confidence: the reference's probability of its most probable token, float64.
         reference_argmax: the reference's most probable token (the first, among equals), int32.
         candidate_argmax: the candidate's.
+        reference_cut_mass: the reference's probability of the columns that the candidate lacks, float64: 0 without any.
+            Every other figure is of what is left, renormalised.
+        candidate_cut_mass: the candidate's probability of the columns that the reference lacks. The KL to its whole
+            distribution is greater by −log(1 − candidate_cut_mass).
         flags: bits REFERENCE_NON_FINITE, CANDIDATE_NON_FINITE and NO_LABEL, uint8.
 
     """
@@ -55,6 +60,8 @@ class Divergence:
     reference_confidence: Tensor
     reference_argmax: Tensor
     candidate_argmax: Tensor
+    reference_cut_mass: Tensor
+    candidate_cut_mass: Tensor
     flags: Tensor
 
 
@@ -64,7 +71,8 @@ def divergence(
     """Compare two sets of logits position by position.
 
     Columns beyond the shorter vocabulary are cut and what is left is renormalised (softmax does that by
-    construction). Shifting a row by a constant changes nothing, so log-probabilities do as well as logits.
+    construction). How much is cut is told, and a value there that is not finite spoils its row as any other does.
+    Shifting a row by a constant changes nothing, so log-probabilities do as well as logits.
 
     Args:
         reference: [N, V_r], any float dtype. −inf means probability 0.
@@ -91,7 +99,8 @@ def divergence(
     nll_r = _nll(z_r, m_r, weight_r, index).masked_fill(no_label, math.nan)
     nll_c = _nll(z_c, m_c, weight_c, index).masked_fill(no_label, math.nan)
 
-    bad_r, bad_c = ~m_r.isfinite(), ~m_c.isfinite()
+    beyond_r, beyond_c = log_weight_beyond(reference, vocab_size), log_weight_beyond(candidate, vocab_size)
+    bad_r, bad_c = ~m_r.isfinite() | not_finite(beyond_r), ~m_c.isfinite() | not_finite(beyond_c)
     flags = bad_r * REFERENCE_NON_FINITE + bad_c * CANDIDATE_NON_FINITE + no_label * NO_LABEL
     return Divergence(
         # Below 0 there is only the rounding of the sums.
@@ -102,8 +111,16 @@ def divergence(
         reference_confidence=(1 / weight_r).masked_fill(bad_r, math.nan).cpu(),
         reference_argmax=argmax_r.to(torch.int32).cpu(),
         candidate_argmax=argmax_c.to(torch.int32).cpu(),
+        reference_cut_mass=_cut_mass(beyond_r, m_r, weight_r).masked_fill(bad_r, math.nan).cpu(),
+        candidate_cut_mass=_cut_mass(beyond_c, m_c, weight_c).masked_fill(bad_c, math.nan).cpu(),
         flags=flags.to(torch.uint8).cpu(),
     )
+
+
+def _cut_mass(beyond: Tensor | None, m: Tensor, weight: Tensor) -> Tensor:
+    if beyond is None:
+        return torch.zeros_like(weight)
+    return torch.sigmoid(beyond - (m.double() + weight.log()))
 
 
 def _nll(z: Tensor, m: Tensor, weight: Tensor, index: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from pytest_kld.kernel.beyond import log_weight_beyond, not_finite
+
 TOP = 5
 """How many of the most probable tokens `top5_overlap` looks at."""
 _EPSILON, _TINY = torch.finfo(torch.float64).eps, torch.finfo(torch.float64).tiny
@@ -66,7 +68,7 @@ def extended_divergence(reference: Tensor, candidate: Tensor) -> Extended:
     elements = _CPU_ELEMENTS if reference.device.type == "cpu" else _DEVICE_ELEMENTS
     rows = max(1, elements // vocab_size)
     blocks = [
-        _block(reference[start : start + rows, :vocab_size], candidate[start : start + rows, :vocab_size])
+        _block(reference[start : start + rows], candidate[start : start + rows], vocab_size)
         for start in range(0, len(reference), rows)
     ]
     return Extended(
@@ -74,10 +76,13 @@ def extended_divergence(reference: Tensor, candidate: Tensor) -> Extended:
     )
 
 
-def _block(z_r: Tensor, z_c: Tensor) -> Extended:
+def _block(reference: Tensor, candidate: Tensor, vocab_size: int) -> Extended:
+    z_r, z_c = reference[:, :vocab_size], candidate[:, :vocab_size]
     log_p, log_q = z_r.double().log_softmax(-1), z_c.double().log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
     bad = ~(z_r.amax(-1).isfinite() & z_c.amax(-1).isfinite())
+    for side in (reference, candidate):
+        bad = bad | not_finite(log_weight_beyond(side, vocab_size))
     p_minus_q = p - q
     # Where q is 0, log q may be −inf, and 0 · (−inf) is 0 here.
     reverse_kl = torch.where(q == 0, p, q * (log_q - log_p) + p_minus_q).sum(-1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pytest_kld.kernel.divergence import divergence
+from pytest_kld.kernel.precision import full_float32
 
 HeadMode = Literal["exact", "native"]
 _TILE_ELEMENTS = 1 << 24
@@ -63,7 +64,7 @@ class Head:
         Args:
             hidden: [N, H] last hidden states, in the engine's dtype.
             mode: `exact` computes in float32 (float64 for a float64 model); `native` in the engine's dtype, with
-                the rounding that the engine itself does.
+                the rounding that the engine itself does. Neither uses TF32 for float32 products.
 
         Returns:
             [N, V]; float32 (or float64) for `exact`, the engine's dtype for `native`.
@@ -71,7 +72,8 @@ class Head:
         """
         if mode == "native":
             weight, bias = self.weight.to(hidden.dtype), self.bias
-            z = functional.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype))
+            with full_float32():
+                z = functional.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype))
         else:
             z = _exact_product(hidden, self.weight)
             if self.bias is not None:
@@ -85,12 +87,28 @@ class Head:
 
 def _exact_product(hidden: Tensor, weight: Tensor) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-    if hidden.dtype == weight.dtype == dtype:
-        return hidden @ weight.T
-    if hidden.is_cuda and hidden.dtype == weight.dtype and dtype == torch.float32:
-        # Tensor cores multiply 16-bit numbers exactly and add them up in float32.
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    hidden = hidden.to(dtype)
+    with full_float32():
+        if hidden.dtype == weight.dtype == dtype:
+            return torch.mm(hidden, weight.T)
+        if _has_mixed_product(hidden) and hidden.dtype == weight.dtype and dtype == torch.float32:
+            try:
+                # Tensor cores multiply 16-bit numbers exactly and add them up in float32.
+                return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+            except torch.OutOfMemoryError:
+                raise
+            except (TypeError, RuntimeError, NotImplementedError):  # no such argument, or not for this device or dtype
+                pass
+        return _tiled_product(hidden.to(dtype), weight)
+
+
+def _has_mixed_product(hidden: Tensor) -> bool:
+    """Tell whether the device may multiply 16-bit numbers into float32. On a CPU, torch has no such product."""
+    return hidden.is_cuda
+
+
+def _tiled_product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Multiply in the dtype of `hidden`, converting a part of the weight at a time."""
+    dtype = hidden.dtype
     z = torch.empty(hidden.shape[0], weight.shape[0], dtype=dtype, device=hidden.device)
     tile = max(1, _TILE_ELEMENTS // weight.shape[1])
     for start in range(0, weight.shape[0], tile):
@@ -106,12 +124,14 @@ class HeadCheck:
         rows: finite rows compared.
         worst: largest |difference| in units of what the engine's dtype can represent; at most 1 is faithful.
         mean_kl: mean KL(recomputed ‖ engine's) in nats: the engine's own rounding, if the head is faithful.
+        dtype: the dtype whose rounding was allowed for, e.g. `bfloat16`.
 
     """
 
     rows: int
     worst: float
     mean_kl: float
+    dtype: str
 
     @property
     def faithful(self) -> bool:
@@ -120,7 +140,7 @@ class HeadCheck:
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures for the manifest."""
-        return {"rows": self.rows, "worst": self.worst, "mean_kl_nats": self.mean_kl}
+        return {"rows": self.rows, "worst": self.worst, "mean_kl_nats": self.mean_kl, "tolerance_dtype": self.dtype}
 
 
 def check_head(head: Head, hidden: Tensor, engine_logits: Tensor) -> HeadCheck:
@@ -139,11 +159,12 @@ def check_head(head: Head, hidden: Tensor, engine_logits: Tensor) -> HeadCheck:
         engine_logits: [K, V] of the same rows, in the engine's dtype or a wider one.
 
     """
+    dtype = str(engine_logits.dtype).removeprefix("torch.")
     finite = hidden.isfinite().all(-1)
     if not torch.equal(finite, engine_logits.isfinite().all(-1)):
-        return HeadCheck(rows=int(finite.sum()), worst=math.inf, mean_kl=math.inf)
+        return HeadCheck(rows=int(finite.sum()), worst=math.inf, mean_kl=math.inf, dtype=dtype)
     if not finite.any():
-        return HeadCheck(rows=0, worst=0.0, mean_kl=0.0)
+        return HeadCheck(rows=0, worst=0.0, mean_kl=0.0, dtype=dtype)
     hidden, engine_logits = hidden[finite], engine_logits[finite]
     exact = head.logits(hidden)
     width = math.sqrt(hidden.shape[1])
@@ -156,4 +177,4 @@ def check_head(head: Head, hidden: Tensor, engine_logits: Tensor) -> HeadCheck:
     difference = (exact - engine_logits.to(exact.dtype)).abs()
     worst = torch.where(difference == 0, 0.0, difference / tolerance).nan_to_num(nan=math.inf, posinf=math.inf).max()
     figures = divergence(exact, engine_logits, torch.full((len(exact),), -1, device=exact.device))
-    return HeadCheck(rows=len(exact), worst=float(worst), mean_kl=float(figures.kl.mean()))
+    return HeadCheck(rows=len(exact), worst=float(worst), mean_kl=float(figures.kl.mean()), dtype=dtype)

@@ -13,32 +13,33 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pytest_kld import __version__
-from pytest_kld.files import write_atomically
+from pytest_kld.files import write_report
+from pytest_kld.plain import LINES, plain
 from pytest_kld.report.view import view
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from pytest_kld.gate.result import GateResult
+    from pytest_kld.gate.result import GateResult, Incomplete
 
 _ASSETS = files("pytest_kld.report") / "assets"
 _LIBRARIES = ("d3", "plot")
 """Charting libraries in the order in which they load; both are under the ISC licence, which goes where they go."""
 
 
-def write_html_report(path: Path, results: Sequence[GateResult]) -> None:
+def write_html_report(path: Path, results: Sequence[GateResult], incomplete: Incomplete | None = None) -> None:
     """Write the report, whole or not at all.
 
     Raises:
-        CacheError: the disk is full or the directory cannot be written.
+        ReportError: the file cannot be written.
 
     """
-    write_atomically(path, render(results).encode(errors="backslashreplace"))
+    write_report(path, render(results, incomplete).encode())
 
 
-def render(results: Sequence[GateResult]) -> str:
-    """Return the report as HTML. Every text in it that is not ours is escaped."""
+def render(results: Sequence[GateResult], incomplete: Incomplete | None = None) -> str:
+    """Return the report as HTML. Text that is not ours is escaped, and its control characters are spelled out."""
     report = view(results)
     scripts = [*(_library(name) for name in _LIBRARIES), _asset("charts.js")]
     return (
@@ -46,7 +47,8 @@ def render(results: Sequence[GateResult]) -> str:
         .get_template("report.html.jinja")
         .render(
             report=report,
-            chart_data=_finite(report.chart_data()),
+            incomplete=incomplete,
+            chart_data=_chart_data(report.chart_data()),
             created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             version=__version__,
             style=Markup(_asset("report.css")),  # noqa: S704 (ours)
@@ -61,6 +63,7 @@ def _environment() -> Environment:
         loader=PackageLoader("pytest_kld.report", "assets"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -105,10 +108,17 @@ def _asset(name: str) -> str:
     return _ASSETS.joinpath(name).read_text(encoding="utf-8")
 
 
-def _finite(value: Any) -> Any:
-    """Replace numbers that JSON lacks by null; charts leave them out, tables show them."""
+def _chart_data(value: Any) -> Any:
+    """Spell out control characters, and replace numbers that JSON lacks by null: only tables show these."""
     if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: _chart_data(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [_chart_data(item) for item in value]
+    if isinstance(value, str):
+        return plain(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _shown(value: Any) -> Any:
+    """Spell out the control characters of whatever the template puts in, but for its own markup."""
+    return plain(value, keep=LINES) if isinstance(value, str) and not isinstance(value, Markup) else value

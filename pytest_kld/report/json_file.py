@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from pytest_kld import __version__
-from pytest_kld.files import write_json
+from pytest_kld.files import json_bytes, write_report
+from pytest_kld.plain import without_surrogates
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from pytest_kld.gate.result import GateResult
+    from pytest_kld.gate.result import GateResult, Incomplete
 
 SCHEMA_VERSION = 2
 """Raised whenever a field is renamed, removed, or changes its meaning."""
 
 
-def write_json_report(path: Path, results: Sequence[GateResult]) -> None:
-    """Write everything that is known of each gated test."""
-    write_json(
-        path,
-        {
-            "schema_version": SCHEMA_VERSION,
-            "pytest_kld": __version__,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "results": [_json_numbers(_described(result)) for result in results],
-        },
-    )
+def write_json_report(path: Path, results: Sequence[GateResult], incomplete: Incomplete | None = None) -> None:
+    """Write everything that is known of each gated test, and what is missing if the session ended early.
+
+    Raises:
+        ReportError: the file cannot be written.
+
+    """
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "pytest_kld": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "incomplete": incomplete and asdict(incomplete),
+        "results": [_described(result) for result in results],
+    }
+    write_report(path, json_bytes(_portable(report)))
 
 
 def _described(result: GateResult) -> dict[str, Any]:
@@ -40,10 +46,15 @@ def _described(result: GateResult) -> dict[str, Any]:
     return data
 
 
-def _json_numbers(value: Any) -> Any:
-    """Write numbers that JSON lacks as the strings `nan`, `inf` and `-inf`."""
+def _portable(value: Any) -> Any:
+    """Write numbers that JSON lacks as the strings `nan`, `inf` and `-inf`, and spell out lone surrogates.
+
+    JSON could escape these, and many of its readers would refuse the whole report.
+    """
     if isinstance(value, dict):
-        return {name: _json_numbers(item) for name, item in value.items()}
+        return {_portable(name): _portable(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_json_numbers(item) for item in value]
+        return [_portable(item) for item in value]
+    if isinstance(value, str):
+        return without_surrogates(value)
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

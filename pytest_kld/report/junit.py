@@ -6,32 +6,34 @@ say is in its system-out.
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from junitparser import Error, Failure, JUnitXml, Skipped, TestCase, TestSuite
 
 from pytest_kld.figures.interval import Interval
-from pytest_kld.files import write_atomically
+from pytest_kld.files import write_report
 from pytest_kld.gate.limits import LIMITS
 from pytest_kld.gate.result import GateResult, by_candidate
 from pytest_kld.gate.verdict import Check
+from pytest_kld.plain import LINES, plain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-_NO_XML = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""Characters that XML 1.0 has no way to write, or asks to avoid."""
-
 
 def write_junit(path: Path, results: Sequence[GateResult]) -> None:
-    """Write the report. A limit that holds is a case that passed; what was not measured is an error."""
+    """Write the report. A limit that holds is a case that passed; what was not measured is an error.
+
+    Raises:
+        ReportError: the file cannot be written.
+
+    """
     report = JUnitXml(name="pytest-kld")
     for candidate, group in by_candidate(results).items():
         report.add_testsuite(_suite(candidate, group))
     _total(report)
-    write_atomically(path, report.tostring())
+    write_report(path, report.tostring())
 
 
 def _total(report: JUnitXml) -> None:
@@ -45,10 +47,10 @@ def _total(report: JUnitXml) -> None:
 
 
 def _suite(candidate: str, group: Sequence[GateResult]) -> TestSuite:
-    suite = TestSuite(_xml(candidate))
+    suite = TestSuite(plain(candidate))
     measured = next((result for result in group if result.figures), group[0])
     for name, value in measured.properties():
-        suite.add_property(name, _xml(str(value)))
+        suite.add_property(name, plain(str(value)))
     for result in group:
         for case in _cases(result):
             suite.add_testcase(case)
@@ -74,36 +76,32 @@ def _limit_case(result: GateResult, data: dict[str, Any]) -> TestCase:
         bound=data["bound"],
         dataset=dataset,
         interval=None if data["interval"] is None else Interval(**data["interval"]),
-        windows=result.windows,
+        windows=result.windows_of(dataset),
     )
     name = f"{data['limit']}[{dataset}]" if dataset else data["limit"]
     if check.state == "inconclusive":
         kind = {"fail": Failure, "skip": Skipped, "pass": None}[result.undecided]
-        case = _case(result, _xml(name), kind, "limit undecided", str(check))
+        case = _case(result, plain(name), kind, "limit undecided", str(check))
     else:
-        case = _case(result, _xml(name), None if check.passed else Failure, "limit exceeded", str(check))
+        case = _case(result, plain(name), None if check.passed else Failure, "limit exceeded", str(check))
     interval = {} if check.interval is None else check.interval.to_json()
     figures = {"value": check.value, "limit": check.bound, **interval}
-    case.system_out = "\n".join([str(check), *(f"{name} {figure}" for name, figure in figures.items())])
+    known = (f"{name} {figure}" for name, figure in figures.items() if figure is not None)
+    case.system_out = "\n".join([plain(str(check)), *known])
     return case
 
 
 def _case(
     result: GateResult, name: str, kind: type[Error | Failure | Skipped] | None, category: str, message: str
 ) -> TestCase:
-    case = TestCase(name=name, classname=_xml(result.nodeid), time=0)
+    case = TestCase(name=name, classname=plain(result.nodeid), time=0)
     if kind is None:
         return case
-    headline = _xml(message.partition("\n")[0] or category)
+    headline = plain(message.partition("\n")[0] or category)
     if result.xfail and kind is Failure:
         told: Error | Failure | Skipped = Skipped(headline, "expected failure")
     else:
         told = kind(headline, category)
-    told.text = _xml(message)
+    told.text = plain(message, keep=LINES)
     case.result = [told]
     return case
-
-
-def _xml(text: str) -> str:
-    """Return text with the characters that XML cannot hold spelled out, as pytest spells them in its own report."""
-    return _NO_XML.sub(lambda match: f"#x{ord(match.group()):02X}", text)

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_kld.gate.result import GateResult, by_candidate, worst
 from pytest_kld.gate.verdict import band
+from pytest_kld.plain import plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     import pytest
+
+    from pytest_kld.gate.result import Incomplete
 
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -43,6 +46,7 @@ class TerminalProgress:
     def _write(self, line: str, *, last: bool) -> None:
         if self._reporter is None:
             return
+        line = plain(line)
         with self._capturing.global_and_fixture_disabled() if self._capturing else nullcontext():
             self._reporter.ensure_newline()
             if self._reporter.isatty:
@@ -155,6 +159,7 @@ def _title(results: Sequence[GateResult]) -> str:
 
 
 def _aligned(rows: list[list[str]], left: tuple[int, ...]) -> list[str]:
+    rows = [[plain(cell) for cell in row] for row in rows]  # before it is measured
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(
@@ -169,6 +174,13 @@ def _aligned(rows: list[list[str]], left: tuple[int, ...]) -> list[str]:
 def notes(results: Sequence[GateResult]) -> list[str]:
     """Return the lines under the table, each once."""
     return list(dict.fromkeys(f"note: {note}" for result in results for note in result.notes))
+
+
+def what_is_missing(incomplete: Incomplete | None) -> list[str]:
+    """Return the lines that say that the table is not all that was planned, and name what is missing."""
+    if incomplete is None:
+        return []
+    return [f"INCOMPLETE: {incomplete}:", *(f"  {nodeid}" for nodeid in incomplete.not_measured)]
 
 
 def _verdict(result: GateResult) -> str:

@@ -79,7 +79,7 @@ class Candidate:
         return (self.measured and self.measured.diagnosis) or {}
 
     @property
-    def intervals(self) -> dict[str, dict[str, float]]:
+    def intervals(self) -> dict[str, dict[str, Any]]:
         """Return the confidence intervals by figure."""
         return self.measured.intervals if self.measured else {}
 
@@ -107,6 +107,7 @@ class Row:
     low: float | None
     high: float | None
     more_windows: int | None
+    least_windows: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,6 +290,7 @@ def _limits(candidates: Sequence[Candidate]) -> list[LimitGroup]:
                     low=interval.get("low"),
                     high=interval.get("high"),
                     more_windows=check["more_windows"],
+                    least_windows=interval.get("least_windows"),
                 )
                 rows.setdefault((check["limit"], dataset), {})[candidate.index, row.bound] = row
     return [

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -18,16 +20,45 @@ _SECONDS_BETWEEN_TRIES = 1.0
 
 
 def visible_gpus(environment: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the GPUs that this process may use, in the form that CUDA_VISIBLE_DEVICES takes.
+    """Return the names of the GPUs that a process with these variables may use.
 
-    They are UUIDs where `nvidia-smi` tells them, so that every session gives a GPU the same name.
+    They are UUIDs where `nvidia-smi` tells them, so that every session gives a GPU the same name. Numbers in
+    CUDA_VISIBLE_DEVICES are those that `nvidia-smi` shows.
     """
     listed = query_gpus("uuid")
     chosen = environment.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
         return listed
-    names = [name.strip() for name in chosen.split(",") if name.strip()]
-    return tuple(listed[int(name)] if name.isdecimal() and int(name) < len(listed) else name for name in names)
+    names = takewhile(lambda name: name != "-1", (name.strip() for name in chosen.split(",")))  # CUDA stops there too
+    return tuple(_name(name, listed) for name in names if name)
+
+
+def _name(chosen: str, listed: Sequence[str]) -> str:
+    """Return a GPU's UUID by its number, or by the beginning of its UUID, which CUDA takes as well."""
+    if chosen.isdecimal() and int(chosen) < len(listed):
+        return listed[int(chosen)]
+    begun = [uuid for uuid in listed if chosen.startswith("GPU-") and uuid.startswith(chosen)]
+    return begun[0] if len(begun) == 1 else chosen
+
+
+def visibility(gpus: Sequence[str]) -> dict[str, str]:
+    """Return the variables that show these GPUs, and no others, to a child process.
+
+    They are shown by number: engines parse CUDA_VISIBLE_DEVICES as numbers, and SGLang falls back to slower
+    collectives, with other rounding, if it cannot. The numbers are those of `nvidia-smi`, which counts in the order of
+    the PCI bus, so CUDA is told to count likewise. GPUs that it does not list (slices of one: MIG) keep their names.
+    """
+    listed = query_gpus("uuid")
+    if not only_by_name(gpus, listed):
+        numbers = [str(listed.index(gpu)) if gpu in listed else gpu for gpu in gpus]
+        return {"CUDA_VISIBLE_DEVICES": ",".join(numbers), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+
+
+def only_by_name(gpus: Sequence[str], listed: Sequence[str] | None = None) -> bool:
+    """Tell whether some of these GPUs have no number: slices of a GPU (MIG), or a UUID that `nvidia-smi` hides."""
+    known = query_gpus("uuid") if listed is None else listed
+    return any(gpu not in known and not gpu.isdecimal() for gpu in gpus)
 
 
 def lease_directory() -> Path:
@@ -76,6 +107,47 @@ def lease(
     finally:
         for lock in held.values():
             lock.release()
+
+
+@contextmanager
+def lease_device(
+    device: str,
+    environment: Mapping[str, str],
+    directory: Path,
+    on_wait: Callable[[], None] = lambda: None,
+) -> Iterator[str | None]:
+    """Hold the GPU behind a torch device of this process, so that no server is booted on it meanwhile.
+
+    A server of this session that leases the same GPU must be stopped first, or this waits for it without end.
+
+    Args:
+        device: `cpu`, `cuda` (the first GPU) or `cuda:N`, the N-th of those that this process sees.
+        environment: of this process.
+        directory: where the locks are; see `lease_directory`.
+        on_wait: called once if somebody else holds it.
+
+    Yields:
+        The GPU's name; None, and nothing is held, if the device is no GPU.
+
+    """
+    kind, _, number = device.partition(":")
+    if kind != "cuda":
+        yield None
+        return
+    index, visible = int(number or 0), visible_gpus(environment)
+    gpu = _uuid_by_torch(index) or (visible[index] if index < len(visible) else str(index))
+    with lease(1, (gpu,), directory, on_wait):
+        yield gpu
+
+
+def _uuid_by_torch(index: int) -> str | None:
+    """Return the UUID of this process's N-th GPU; torch knows it for certain, in whatever order CUDA counts."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        return None
+    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
+    name = f"GPU-{uuid}"
+    return name if name in query_gpus("uuid") else None
 
 
 def _try(count: int, gpus: tuple[str, ...], directory: Path) -> dict[str, FileLock] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shlex
 import signal
@@ -60,6 +61,7 @@ class ServerCommand:
         startup_timeout: seconds it may take to become ready.
         grace: seconds it may take to end when asked to; then it is killed.
         hint: turns the end of the log into advice, or None.
+        container: for a command that starts a container, the file with its id and the command that ends it.
 
     """
 
@@ -71,6 +73,7 @@ class ServerCommand:
     startup_timeout: float
     grace: float = 20.0
     hint: Callable[[str], str | None] = lambda _: None
+    container: tuple[Path, Sequence[str]] | None = None
 
 
 class Server:
@@ -89,10 +92,14 @@ class Server:
         """
         self.command = command
         command.log.parent.mkdir(parents=True, exist_ok=True)
+        container = None if command.container is None else [str(command.container[0]), list(command.container[1])]
         with command.log.open("wb") as log:
             # Standard input is the supervisor's lifeline: when this process dies, it ends, and so does the server.
             self._supervisor = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-I", supervisor.__file__, str(command.grace), *command.argv],  # not by its PYTHONPATH
+                [
+                    *(sys.executable, "-I", supervisor.__file__),  # not by its PYTHONPATH
+                    *(str(command.grace), json.dumps(container), *command.argv),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -1,20 +1,24 @@
-"""Runs a command and answers for its whole process tree: `python -I supervisor.py GRACE COMMAND …`.
+"""Runs a command and answers for its whole process tree: `python -I supervisor.py GRACE CONTAINER COMMAND …`.
 
 The command and everything that it starts are gone when this ends, and this ends when the command does, on SIGTERM
 or SIGINT, or when the other end of standard input is closed: the parent holds that open, so its death, however
 sudden, ends the tree. On Linux descendants that lost their parent come back here (subreaper), so none escapes;
-nobody else's process is ever signalled. The exit code is the command's, or 128 + the signal that ended it.
+nobody else's process is ever signalled. A container is no descendant of its client: CONTAINER is JSON, `null` or
+`[FILE, COMMAND]`, the file into which the client writes the container's id and the command that, with the id after it,
+ends the container. The exit code is the command's, or 128 + the signal that ended it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import select
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -25,7 +29,7 @@ _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 def main(arguments: list[str]) -> int:
     """Run the command until it ends or has to; return its exit code."""
-    grace, command = float(arguments[0]), arguments[1:]
+    grace, container, command = float(arguments[0]), json.loads(arguments[1]), arguments[2:]
     _become_subreaper()
     asked: list[int] = []
 
@@ -45,6 +49,8 @@ def main(arguments: list[str]) -> int:
         child.terminate()
         _wait(child, grace)
     _kill_descendants()
+    if container is not None:
+        _kill_container(*container)
     code = child.wait()
     return code if code >= 0 else 128 - code
 
@@ -75,6 +81,14 @@ def _kill_descendants() -> None:
             except psutil.NoSuchProcess:
                 continue
         psutil.wait_procs(left, timeout=1)
+
+
+def _kill_container(cidfile: str, kill: list[str]) -> None:
+    """End a container if it was started; one that ended with its client is not there any more."""
+    path = Path(cidfile)
+    if path.is_file():
+        subprocess.run([*kill, path.read_text().strip()], stdin=subprocess.DEVNULL, check=False)  # noqa: S603
+        path.unlink()
 
 
 def _reap(child: subprocess.Popen[bytes]) -> None:

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 
 from pytest_kld.gate.limits import DEFAULT_BOUNDS, LIMITS, merge_bounds
-from pytest_kld.session.options import OPTIONS, Option
+from pytest_kld.plain import LINES, plain
+from pytest_kld.session.options import OPTIONS, Option, parse_report
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from pytest_kld.captures.capture import Store
     from pytest_kld.gate.result import Inconclusive
     from pytest_kld.kernel.head import HeadMode
@@ -147,6 +150,8 @@ def build_config(config: pytest.Config) -> KLDConfig:
         values[option.name] = _parse(option, raw, source, base)
 
     _check_servers(values)
+    reports = {option.option: values[option.name] for option in OPTIONS if option.parse is parse_report}
+    _check_reports({name: path for name, path in reports.items() if path is not None}, config)
     if values["skip_first"] > values["window_size"] - 2:
         raise pytest.UsageError(
             f"--kld-skip-first: {values['skip_first']} positions leave none that predicts a token in windows of "
@@ -185,9 +190,28 @@ def _parse(option: Option, raw: Any, source: str, base: Path) -> Any:
         specs = tuple(option.parse(str(value), base) for value in raw)
         if repeated := [value for value, spec in zip(raw, specs, strict=True) if specs.count(spec) > 1]:
             raise ValueError(f"{repeated[-1]!r} is given twice")
-    except ValueError as error:
-        raise pytest.UsageError(f"{source}: {error}") from None
+    except (ValueError, OSError, RuntimeError) as error:  # a name too long, or links in a circle
+        raise pytest.UsageError(plain(f"{source}: {error}", keep=LINES)) from None
     return specs
+
+
+def _check_reports(paths: Mapping[str, Path], config: pytest.Config) -> None:
+    """Refuse two reports at one path: the second would replace the first.
+
+    Raises:
+        pytest.UsageError: names both options and the path.
+
+    """
+    known: dict[str, Path] = {}
+    if junitxml := config.getoption("xmlpath", None):
+        known["--junitxml"] = (config.invocation_params.dir / Path(junitxml).expanduser()).resolve()
+    for name, path in paths.items():
+        for other, taken in known.items():
+            if path == taken or (path.exists() and taken.exists() and path.samefile(taken)):
+                raise pytest.UsageError(
+                    plain(f"{name}: the report of {other} goes to {path}, too; give each report a path of its own")
+                )
+        known[name] = path
 
 
 def _check_servers(values: dict[str, Any]) -> None:

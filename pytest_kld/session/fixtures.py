@@ -37,6 +37,16 @@ GATE = pytest.StashKey[Gate]()
 """What was measured for a test; not there if nothing was."""
 
 
+def has_result(item: pytest.Item) -> bool:
+    """Tell whether a test has a result to report: it is gated, or got a gate or a marker as it ran."""
+    return is_gated(item) or GATE in item.stash or item.get_closest_marker("kld") is not None
+
+
+def uses_kld(item: pytest.Item) -> bool:
+    """Tell whether a test uses any of our fixtures, so that its failure may name models and texts."""
+    return any(name.lstrip("_").startswith("kld") for name in getattr(item, "fixturenames", ()))
+
+
 def is_gated(item: pytest.Item) -> bool:
     """Tell whether limits are checked after this test."""
     return "_kld_gate" in getattr(item, "fixturenames", ())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_kld import __version__
+from pytest_kld.plain import plain
 
 if TYPE_CHECKING:
     from pytest_kld.session.config import KLDConfig
@@ -18,4 +19,4 @@ def header(config: KLDConfig) -> str | None:
 
     reference = config.ref.label if config.ref else "none"
     engine = describe_engine(config)
-    return f"kld: pytest-kld {__version__}, engine {engine}, reference {reference}, cache {config.cache_dir}"
+    return plain(f"kld: pytest-kld {__version__}, engine {engine}, reference {reference}, cache {config.cache_dir}")

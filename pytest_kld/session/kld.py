@@ -61,7 +61,9 @@ class KLD:
         self.bounds = dict(bounds)
         self.each_dataset = each_dataset
         self.scores = scores
-        self.datasets = {name: Summary.of(table) for name, table in scores.by_dataset().items()}
+        tables = scores.by_dataset()
+        self.datasets = {name: Summary.of(table) for name, table in tables.items()}
+        self._dataset_windows = {name: len(table.columns["flags"]) for name, table in tables.items()}
         summaries = list(self.datasets.values())
         self.summary = Summary.macro_average(summaries) if len(summaries) > 1 else summaries[0]
         self.intervals: dict[str, Interval] = {}
@@ -85,7 +87,7 @@ class KLD:
         checks = judge(self.summary.to_json(), self.bounds, intervals=self.intervals, windows=windows).checks
         if self.each_dataset and len(self.datasets) > 1:
             for name, summary in self.datasets.items():
-                known = self._dataset_intervals.get(name)
+                known, windows = self._dataset_intervals.get(name), self._dataset_windows[name]
                 checks += judge(summary.to_json(), self.bounds, name, intervals=known, windows=windows).checks
         return Verdict(checks=checks)
 
@@ -136,6 +138,11 @@ class KLD:
     def reference_nan_count(self) -> int:
         """Positions where the reference is not finite."""
         return self.summary.reference_nan_count
+
+    @property
+    def cut_mass(self) -> Figure:
+        """Largest probability that either side gives to tokens the other lacks, in [0, 1]."""
+        return self._figure("cut_mass")
 
     @property
     def top1_agreement(self) -> Figure:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_kld.errors import ServerError
 from pytest_kld.gate.limits import LIMITS, Limit
+from pytest_kld.gate.number import decimal_number, shown, whole_number
 
 if TYPE_CHECKING:  # imported by what parses: a session that gives no such option does not pay for them
     from pytest_kld.subjects.model import ModelSpec
@@ -52,18 +53,52 @@ class Option:
         return f"kld_{self.name}"
 
 
+_MOST_WINDOWS = 10_000_000
+_LONGEST_WINDOW = 10_000_000
+"""In tokens: as long as the longest contexts that models are made for."""
+_LONGEST_STRIDE = 1_000_000_000
+"""In tokens: with it the start of the last of the most windows still is a 64-bit number."""
+_LONGEST_WAIT = 1_000_000
+"""In seconds: eleven days."""
+_GREATEST_CONFIDENCE = 0.999999
+_GREATEST_SIZE = 1e18
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(kB|MB|GB|TB)")
 _UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
 def _path(text: str, base: Path) -> Path:
-    return (base / Path(text).expanduser()).resolve()
+    return _in_utf8((base / Path(text).expanduser()).resolve())
 
 
-def _report(text: str, base: Path) -> Path:
-    """Refuse now what could not be written when everything is measured."""
-    path = _path(text, base)
+def _in_utf8(path: Path) -> Path:
+    """Refuse a path that safetensors could not open, before anything is measured."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{path} is not UTF-8, and safetensors cannot open files there; rename it") from None
+    return path
+
+
+def _model(text: str, base: Path) -> ModelSpec:
+    from pytest_kld.subjects.model import ModelSpec
+
+    model = ModelSpec.parse(text, base)
+    if model.path is not None:
+        _in_utf8(model.path)
+    return model
+
+
+def parse_report(text: str, base: Path) -> Path:
+    """Refuse now what could not be written when everything is measured. A link to a regular file is written through."""
+    from pytest_kld.files import TEMPORARY_SUFFIX_BYTES
+
+    named = base / Path(text).expanduser()
+    path = named.resolve()
+    if named.exists() and not named.is_file():  # before it is resolved: /dev/stdout may lead to no path at all
+        raise ValueError(f"expected a file that can be written, got {text!r} ({path}), which is no regular file")
     above = next(parent for parent in path.parents if parent.exists())
-    if path.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+    too_long = len(os.fsencode(path.name)) > os.pathconf(above, "PC_NAME_MAX") - TEMPORARY_SUFFIX_BYTES
+    if too_long or not path.name or not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"expected a file that can be written, got {text!r} ({path})")
     return path
 
@@ -88,18 +123,21 @@ def _choice(*choices: str) -> Callable[[str, Path], str]:
     return parse
 
 
-def _whole(least: int) -> Callable[[str, Path], int]:
+def _whole(least: int, greatest: int) -> Callable[[str, Path], int]:
     def parse(text: str, _: Path) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise ValueError(f"expected a whole number of at least {least}, got {text!r}")
-        return int(text)
+        number = whole_number(text)
+        if number is None or number < least:
+            raise ValueError(f"expected a whole number of at least {least}, got {shown(text)}")
+        if number > greatest:
+            raise ValueError(f"expected a whole number of at most {greatest:,}, got {shown(text)}")
+        return number
 
     return parse
 
 
 def _window_count(text: str, base: Path) -> int | None:
     try:
-        return None if text == "max" else _whole(1)(text, base)
+        return None if text == "max" else _whole(1, _MOST_WINDOWS)(text, base)
     except ValueError as error:
         raise ValueError(f"{error} (or `max`: all that the text gives; or `auto`)") from None
 
@@ -113,33 +151,28 @@ def _window_plan(text: str, base: Path) -> tuple[int | None, bool]:
 
 
 def _confidence(text: str, _: Path) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0.5 <= number < 1:
-        raise ValueError(f"expected a number of at least 0.5 and below 1, e.g. 0.95, got {text!r}")
+    number = decimal_number(text)
+    if number is None or not 0.5 <= number <= _GREATEST_CONFIDENCE:
+        raise ValueError(
+            f"expected a number of at least 0.5 and at most {_GREATEST_CONFIDENCE}, e.g. 0.95, got {shown(text)}"
+        )
     return number
 
 
 def _size(text: str, _: Path) -> int:
-    number, unit = text.rstrip("kMGTB ").strip(), text.lstrip("0123456789. ")
-    try:
-        return round(float(number) * _UNITS[unit])
-    except (ValueError, KeyError):
-        raise ValueError(f"expected a size such as 500GB or 1.5TB, got {text!r}") from None
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"expected a size such as 500GB or 1.5TB, got {shown(text)}")
+    number = float(match[1]) * _UNITS[match[2]]
+    if number > _GREATEST_SIZE:
+        raise ValueError(f"expected a size of at most 1000000TB, got {shown(text)}")
+    return round(number)
 
 
 def _device(text: str, _: Path) -> str:
-    if text not in ("auto", "cpu", "cuda") and not (text.startswith("cuda:") and text[5:].isdecimal()):
-        raise ValueError(f"expected auto, cpu, cuda or cuda:N, got {text!r}")
+    if text not in ("auto", "cpu", "cuda") and not re.fullmatch("cuda:[0-9]{1,3}", text):
+        raise ValueError(f"expected auto, cpu, cuda or cuda:N, got {shown(text)}")
     return text
-
-
-def _model(text: str, base: Path) -> ModelSpec:
-    from pytest_kld.subjects.model import ModelSpec
-
-    return ModelSpec.parse(text, base)
 
 
 def _command(text: str, _: Path) -> tuple[str, ...]:
@@ -222,21 +255,21 @@ OPTIONS: tuple[Option, ...] = (
         name="window_size",
         metavar="TOKENS",
         default="2048",
-        parse=_whole(2),  # a window needs one token to condition on and one to predict
+        parse=_whole(2, _LONGEST_WINDOW),  # a window needs one token to condition on and one to predict
         help="Length of a window in tokens.",
     ),
     Option(
         name="stride",
         metavar="TOKENS",
         default="512",
-        parse=_whole(1),
+        parse=_whole(1, _LONGEST_STRIDE),
         help="Distance between the starts of two windows in tokens.",
     ),
     Option(
         name="skip_first",
         metavar="N",
         default="0",
-        parse=_whole(0),
+        parse=_whole(0, _LONGEST_WINDOW),
         help="Leave the first N positions of each window, with fewer than N tokens before them, out of the figures.",
     ),
     Option(
@@ -354,7 +387,7 @@ OPTIONS: tuple[Option, ...] = (
         name="startup_timeout",
         metavar="SECONDS",
         default="1800",
-        parse=_whole(1),
+        parse=_whole(1, _LONGEST_WAIT),
         help="How long a SGLang server may take to become ready.",
     ),
     Option(
@@ -394,14 +427,16 @@ OPTIONS: tuple[Option, ...] = (
         "tensor and of the whole of large ones) or full (every byte).",
     ),
     Option(name="refresh", flag=True, help="Capture and compare anew what the cache already holds."),
-    Option(name="junit", metavar="FILE", parse=_report, help="Write a JUnit report: a suite per candidate."),
+    Option(name="junit", metavar="FILE", parse=parse_report, help="Write a JUnit report: a suite per candidate."),
     Option(
         name="json",
         metavar="FILE",
-        parse=_report,
+        parse=parse_report,
         help="Write a JSON report: figures, protocol, versions, keys.",
     ),
-    Option(name="html", metavar="FILE", parse=_report, help="Write an HTML report: one file with charts and tables."),
+    Option(
+        name="html", metavar="FILE", parse=parse_report, help="Write an HTML report: one file with charts and tables."
+    ),
     *(
         Option(
             name=limit.name,

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from pytest_kld.plain import secret_digest
 from pytest_kld.subjects.model import ModelSpec
 
 EnginePath = Literal["prefill"]
 """The way through an engine that is measured."""
 MOE_BACKEND = "moe backend"
 """The axis that `--kld-moe-backend` and the fixture `kld_moe_backend` set."""
-
-_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(^|_)API_?KEY|ACCESS_?KEY|(^|_)KEY$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +71,7 @@ class Subject:
             "model": None if self.model is None else self.model.to_json(),
             "engine": self.engine,
             "arguments": as_json(self.arguments),
-            "environment": without_secrets(self.environment),
+            "environment": {name: secret_digest(name, value) for name, value in sorted(self.environment.items())},
             "path": self.path,
             "axes": dict(self.axes),
             "limits": dict(self.limits),
@@ -88,16 +85,6 @@ class Subject:
         return cls(
             **{**data, "model": None if model is None else ModelSpec.from_json(model), "tags": tuple(data["tags"])}
         )
-
-
-def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return variables in the order of their names, with a digest in place of a value that nobody should read."""
-    return {
-        name: f"sha256:{hashlib.sha256(value.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"
-        if _SECRET.search(name)
-        else value
-        for name, value in sorted(environment.items())
-    }
 
 
 def as_json(value: Any) -> Any:

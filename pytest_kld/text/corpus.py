@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,11 @@ Rows = list[str] | list[list[Any]]
 Render = Callable[[list[Any]], str]
 """Turns a conversation, a list of messages with `role` and `content`, into text. See `windows.chat_renderer`."""
 
+_HALF = re.compile("[\ud800-\udfff]")
 BUILT_IN = ("wikitext-2", "python-docs")
 CORPUS_FILES = (".txt", ".jsonl", ".parquet")
+_ENCODING = "utf-8-sig"
+"""UTF-8; a byte-order mark at the beginning of a file is no part of its text."""
 _WAYS_OUT = (
     f"Give --kld-dataset one of {', '.join(BUILT_IN)}, a .txt, .jsonl or .parquet file, or hf:NAME[:CONFIG][:SPLIT]."
 )
@@ -68,6 +72,10 @@ def load_corpus(dataset: str, base: Path, render: Render | None = None) -> Corpu
         documents = [row if isinstance(row, str) else _rendered(row, render, dataset) for row in rows]
         separator = "\n\n" if any(isinstance(row, str) for row in rows) else ""
     text = separator.join(documents)
+    if (half := _HALF.search(text)) is not None:
+        raise CorpusError(
+            f"the dataset {dataset}: its text holds {half[0]!r}, half of a surrogate pair and no character; repair it"
+        )
     if not text.strip():
         raise CorpusError(f"the dataset {dataset} is empty: there is no text to measure on. {_WAYS_OUT}")
     return Corpus(name=dataset, text=text)
@@ -126,20 +134,29 @@ def _file(path: Path, dataset: str) -> Rows:
 
 
 def _read_txt(path: Path) -> list[str]:
-    return [path.read_text(encoding="utf-8")]
+    return [path.read_text(encoding=_ENCODING)]
 
 
 def _read_jsonl(path: Path) -> Rows:
     documents: list[str] = []
     conversations: list[list[Any]] = []
     # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for ends of lines.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_text(encoding=_ENCODING).split("\n"), 1):
         if not line.strip():
             continue
         try:
             row: Any = json.loads(line)
+            if "\\ud" in line.lower():  # what JSON escapes may be half of a pair, which no tokenizer takes
+                json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise CorpusError(
+                f"{path}, line {number}: {half} is half of a surrogate pair and no character; repair the file"
+            ) from error
         except ValueError as error:
             raise CorpusError(f"{path}, line {number}: this is no JSON: {error}") from error
+        except RecursionError as error:
+            raise CorpusError(f"{path}, line {number}: lists and objects are nested too deeply to be read") from error
         match row:
             case {"text": _, "messages": _}:
                 raise CorpusError(f"{path}, line {number}: `text` or `messages` is meant, and both are there")

@@ -35,6 +35,21 @@ def test_captures_of_the_original_layout_are_read(files_per_window: int, windows
         Capture.open(tmp_path)
 
 
+@pytest.mark.parametrize("dimensions", [0, 1, 3])
+@pytest.mark.parametrize("window", [0, 1])
+def test_log_probs_that_are_no_matrix_are_refused_by_name(
+    dimensions: int, window: int, windows: Windows, tmp_path: Path
+) -> None:
+    for index in range(windows.count):
+        matrix = torch.zeros(windows.size, 8)
+        save_file({"log_probs": matrix}, tmp_path / f"{index}.safetensors")
+    save_file({"log_probs": torch.zeros([4] * dimensions)}, tmp_path / f"{window}.safetensors")
+    with pytest.raises(
+        CaptureError, match=rf"{window}\.safetensors: log_probs has {dimensions} dimensions .*expected 2"
+    ):
+        Capture.open(tmp_path, windows)
+
+
 def test_an_original_layout_that_does_not_fit_the_windows_is_refused(windows: Windows, tmp_path: Path) -> None:
     def write(name: str, shapes: list[tuple[int, int]], key: str = "log_probs") -> Path:
         (tmp_path / name).mkdir()

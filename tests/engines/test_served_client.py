@@ -56,6 +56,11 @@ def test_an_answer_of_500_is_an_error_that_quotes_it(tmp_path: Path) -> None:
         connect(url, tmp_path)
 
 
+def test_a_speculation_that_refuses_log_probs_is_an_error_with_advice(tmp_path: Path) -> None:
+    with scripted("speculates", tmp_path) as url, pytest.raises(ServerError, match=r"hint: .*without --speculative-\*"):
+        connect(url, tmp_path)
+
+
 def test_an_answer_without_a_file_is_an_error_that_says_how_to_put_the_hook_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,6 +45,8 @@ from pytest_kld.text.windows import Windows, cut_windows, load_tokenizer
 pytestmark = [pytest.mark.slow, pytest.mark.sglang]
 
 SIZE = 256
+CHUNK = 256
+"""Rows of which SGLang makes its own log-probs at a time, as pytest-kld boots it."""
 ROWS = [SIZE // 2, SIZE - 1]
 Boot = Callable[..., "Served"]
 
@@ -259,6 +261,18 @@ def test_batches_chunked_prefill_and_chunked_logits_are_put_together(
         # Another shape of a product may round differently, no more than that.
         assert mean_kl(one.logits, other.logits) < 1e-3
         assert (one.hidden.float() - other.hidden.float()).abs().max() < 0.1
+
+
+def test_chunks_of_sglang_s_own_log_probs_change_no_bit(boot: Boot, llama_dir: Path) -> None:
+    """Windows of 500 tokens: two chunks by default, as pytest-kld boots it, and one if it is told so."""
+    tokenizer = load_tokenizer(ModelSpec.parse(str(llama_dir), Path()), trust_remote_code=False)
+    corpus = load_corpus("python-docs", Path())
+    windows = cut_windows(corpus, tokenizer, count=2, size=500, stride=500, label="llama")
+    rows = [CHUNK - 1, CHUNK, 499]
+    chunked = boot(llama_dir).capture(windows, rows)
+    whole = boot(llama_dir, SGLANG_LOGPROB_CHUNK_SIZE="2048").capture(windows, rows)
+    assert len(chunked) == windows.count
+    assert_same(chunked, whole)
 
 
 def test_three_requests_in_one_batch_and_one_that_is_not_ours(

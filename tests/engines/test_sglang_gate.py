@@ -103,7 +103,7 @@ def test_the_example_of_a_release_gate_runs(
     assert run.returncode == 0, run.stdout + run.stderr
     assert [result["outcome"] for result in results] == ["passed"] * 3
     limits = {check["limit"] for check in results[0]["checks"]}
-    assert limits == {"max_mean", "max_p99", "max_nan", "max_ref_nan", "min_top1", "max_ppl_ratio"}
+    assert limits == {"max_mean", "max_p99", "max_nan", "max_ref_nan", "max_cut_mass", "min_top1", "max_ppl_ratio"}
 
 
 @pytest.mark.parametrize("name", ["release_gate", "moe_backends"])

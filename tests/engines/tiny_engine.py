@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pytest_kld.engines.served.kind import Answer, Settings
+from pytest_kld.engines.served.kind import Answer, Options, Settings
 from pytest_kld.errors import ServerError
 from pytest_kld.subjects.model import ModelSpec
 
@@ -24,23 +24,27 @@ class Tiny:
     health: str = "/ready"
     auto_dtype: str = "float32"
     command_option: str = "--kld-tiny-command"
+    note_on_named_gpus: str = "it uses no GPU"
     hook_advice: str = "TINY_FAULT must not be no-hook"
 
-    def check_arguments(self, arguments: Sequence[str], source: str) -> None:
+    def check_arguments(self, arguments: Sequence[str], source: str, _options: Options | None = None) -> None:
         if "--port" in arguments:
             raise ServerError(f"{source}: --port cannot be given: a free port is picked.")
 
-    def complete(self, arguments: Sequence[str], _settings: Settings) -> list[str]:
+    def complete(self, arguments: Sequence[str], _settings: Settings, _options: Options | None = None) -> list[str]:
         return list(arguments)
 
     def address(self, model: ModelSpec, port: int) -> list[str]:
         return ["--model", model.source, "--port", str(port)]
 
-    def gpus_needed(self, _arguments: Sequence[str]) -> int:
+    def gpus_needed(self, _arguments: Sequence[str], _options: Options | None = None) -> int:
         return 0
 
-    def numeric_arguments(self, arguments: Sequence[str]) -> list[list[str]]:
+    def numeric_arguments(self, arguments: Sequence[str], _options: Options | None = None) -> list[list[str]]:
         return [list(arguments)]
+
+    def variables(self, _environment: Mapping[str, str]) -> dict[str, str]:
+        return {}
 
     def axis_flags(self, axes: Mapping[str, str]) -> list[str]:
         return [word for name, value in axes.items() for word in (f"--{name}", value)]

@@ -40,6 +40,10 @@ def why_not_hooked() -> str | None:
     return None
 
 
+def options() -> None:
+    return None
+
+
 class Model:
     """A causal language model that prefills in chunks."""
 

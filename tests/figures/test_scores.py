@@ -35,6 +35,8 @@ def make_scores(windows: int = 3, positions: int = 50, seed: int = 0) -> Scores:
         "reference_argmax": generator.integers(0, 3, shape, dtype=np.int32),
         "candidate_argmax": generator.integers(0, 3, shape, dtype=np.int32),
         "token_ids": generator.integers(0, 99, shape, dtype=np.int32),
+        "reference_cut_mass": np.zeros(shape),
+        "candidate_cut_mass": generator.uniform(0, 0.02, shape),
         "flags": np.zeros(shape, np.uint8),
     }
     columns["flags"][:, -1] = NO_LABEL
@@ -48,6 +50,17 @@ def flag(scores: Scores, positions: list[tuple[int, int]], bit: int) -> None:
         own = ("reference_nll", "reference_confidence") if bit == BAD_REFERENCE else ("candidate_nll",)
         for name in ("kl", *own):
             scores.columns[name][position] = np.nan
+
+
+def test_cut_mass_is_the_largest_of_both_sides_over_valid_positions() -> None:
+    scores = make_scores()
+    scores.columns["reference_cut_mass"][1, 3] = 0.4
+    assert Summary.of(scores).cut_mass == 0.4
+    flag(scores, [(1, 3)], BAD_CANDIDATE)
+    assert Summary.of(scores).cut_mass == scores.columns["candidate_cut_mass"].max() < 0.02
+    assert Summary.macro_average([Summary.of(scores), Summary.of(make_scores(1, 4))]).cut_mass == (
+        max(Summary.of(scores).cut_mass, Summary.of(make_scores(1, 4)).cut_mass)
+    )
 
 
 def test_every_figure_agrees_with_numpy() -> None:

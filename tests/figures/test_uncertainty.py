@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from benchmarks import coverage
-from pytest_kld.figures.scores import COLUMNS, Scores, Summary
+from pytest_kld.figures.scores import COLUMNS, EXTENDED_COLUMNS, Scores, Summary
 from pytest_kld.figures.uncertainty import (
     FIGURES,
     Blocks,
+    Mean,
     correlation_length,
     intervals,
     macro_average,
@@ -176,9 +177,81 @@ def test_macro_average_of_datasets_has_an_interval_of_its_own() -> None:
     assert average.high - average.low == pytest.approx(np.mean(widths) / 2, rel=0.05)
 
 
-def test_every_position_may_have_its_own_block_in_a_tiny_text() -> None:
-    known = intervals(make_scores([[0.1, 0.2]], 2), 0.95)
-    assert 0.1 <= known["mean"].low <= 0.15 <= known["mean"].high <= 0.2
+NATURAL = {
+    "js": (0.0, math.log(2)),
+    **dict.fromkeys(("tv", "top5_overlap", "top1_agreement", "flips", "rms_delta_p"), (0.0, 1.0)),
+    **dict.fromkeys(("entropy_difference", "log_ppl_ratio"), (-math.inf, math.inf)),
+}
+"""What values a figure can take, other than those from 0 upwards."""
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999999])
+@pytest.mark.parametrize(("windows", "size"), [(1, 2), (1, 8), (1, 64), (3, 32)])
+def test_a_tiny_text_bounds_no_mean(windows: int, size: int, confidence: float) -> None:
+    rng = np.random.default_rng(7)
+    scores = make_scores(rng.lognormal(sigma=2, size=(windows, size)), size)
+    scores.columns.update({name: rng.random((windows, size)) for name in EXTENDED_COLUMNS})
+    known = intervals(scores, confidence)
+    means = [name for name, figure in FIGURES.items() if isinstance(figure, Mean)]
+    assert len(means) == 10
+    for name in means:
+        if size * windows < math.log((1 - confidence) / 2) / math.log(0.99):
+            assert (known[name].low, known[name].high) == NATURAL.get(name, (0.0, math.inf)), name
+            assert known[name].least_windows is not None
+            assert known[name].least_windows > windows
+
+
+def test_the_least_number_of_windows_is_what_the_positions_take() -> None:
+    """Of independent positions; 95 % needs ln 0.025 / ln 0.99 = 367.04 of them."""
+    least = intervals(independent(windows=1, size=64), 0.95)["mean"].least_windows
+    assert least is not None
+    assert 6 <= least <= 12  # 64 positions tell only roughly that they are independent
+    for windows, enough in ((5, False), (2 * least, True)):
+        known = intervals(independent(windows=windows, size=64), 0.95)["mean"]
+        assert (known.least_windows is None, known.high < 2) == (enough, enough)
+    # Where windows overlap, a further one adds a stride.
+    overlapping = make_scores(np.random.default_rng(8).exponential(size=(2, 64)), 16)
+    least = intervals(overlapping, 0.95)["mean"].least_windows
+    assert least is not None
+    assert least >= 1 + math.ceil((368 - 64) / 16)
+
+
+@pytest.mark.parametrize(("confidence", "positions"), [(0.95, 367.04), (0.999999, 1443.5), (0.5, 137.9)])
+def test_more_confidence_takes_more_positions(confidence: float, positions: float) -> None:
+    assert FIGURES["mean"].least_positions(1 - confidence) == pytest.approx(positions, abs=0.1)
+    assert FIGURES["p99"].least_positions(1 - confidence) == pytest.approx(positions, abs=0.1)
+    assert FIGURES["p999"].least_positions(1 - confidence) > 9 * positions
+    assert FIGURES["median"].least_positions(1 - confidence) < 22
+
+
+def test_scoring_a_token_again_does_not_show_more_of_the_tail() -> None:
+    """Windows of 200 tokens, each of which begins a token after the one before it: 299 tokens in all."""
+    scores = make_scores(np.random.default_rng(9).exponential(size=(100, 200)), 1)
+    known = intervals(scores, 0.95)
+    assert known["mean"].high == known["p99"].high == math.inf
+
+
+def test_a_short_text_still_bounds_a_high_quantile_from_below() -> None:
+    known = intervals(independent(windows=2, size=64), 0.95)["p99"]
+    assert known.least_windows is not None
+    assert 0 < known.low < known.high == math.inf
+
+
+def test_a_macro_average_takes_what_one_dataset_needs() -> None:
+    tables = [independent(seed=0), independent(windows=1, size=64, seed=1)]
+    parts = [intervals(table, 0.95) for table in tables]
+    average = macro_average(parts, [Summary.of(table) for table in tables])
+    assert parts[1]["mean"].least_windows is not None
+    assert average["mean"].least_windows == 2 * parts[1]["mean"].least_windows
+    assert (average["mean"].low, average["mean"].high) == (parts[0]["mean"].low / 2, math.inf)
+    assert average["median"].least_windows is None
+
+
+@pytest.mark.parametrize(("windows", "size", "sigma"), [(1, 2, coverage.SIGMA), (1, 8, coverage.SIGMA), (1, 64, 2.0)])
+def test_no_tiny_text_passes_a_candidate_that_is_over_its_limit(windows: int, size: int, sigma: float) -> None:
+    """Intervals that were clipped to what was seen passed 60, 27 and 24 % of such texts."""
+    row = coverage.passes(200, windows, size, size, sigma, seed=0)
+    assert (row["wrong pass"], row["wrong fail"], row["too few"]) == (0, 0, 1)
 
 
 def test_95_percent_intervals_cover_on_overlapping_windows_with_a_heavy_tail() -> None:

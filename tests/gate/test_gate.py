@@ -97,3 +97,23 @@ def test_comparison_is_explained_from_the_figure_outwards_whichever_side_it_is_o
     assert explain_comparison(">", 0.01, figure) == expected
     assert explain_comparison("<", 0.02, 0.01) is None
     assert explain_comparison("==", figure, "0.02") is None
+
+
+NO_NUMBERS = {
+    **{f"10**{power}": 10**power for power in (400, 5000)},
+    **{repr(text): text for text in ("1_0", "٣", "１.5", "0x1", "1e400", "nan", "inf", " ", "")},
+    **{repr(value): value for value in (math.nan, math.inf, -1, True, [1])},
+}
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS.values(), ids=NO_NUMBERS.keys())
+@pytest.mark.parametrize("name", ["max_mean", "max_nan", "min_top1"])
+def test_what_is_no_number_is_refused_by_the_marker_with_a_short_message(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"^kld marker, {name}: expected a (whole )?number of at least 0") as caught:
+        parse_marker((), {name: value})
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("value", [0, 1, 0.5, "0.5", ".5", "5e-1", "1.", "0", 1e-300])
+def test_numbers_in_decimal_notation_are_taken(value: float | str) -> None:
+    assert parse_marker((), {"max_mean": value}) == {"max_mean": float(value)}

@@ -271,6 +271,66 @@ def test_the_longer_vocabulary_is_cut_and_renormalised() -> None:
         assert max(figures.reference_argmax.max(), figures.candidate_argmax.max()) < VOCAB
 
 
+def wide_and_narrow(least: float = -40.0) -> st.SearchStrategy[tuple[Matrix, Matrix]]:
+    numbers = st.floats(least, 40, allow_subnormal=False, width=32) | st.just(-INF)
+    return st.integers(1, 9).flatmap(
+        lambda more: st.tuples(
+            logits(), hnp.arrays(np.float64, (ROWS, more), elements=numbers), logits().map(lambda z: z.copy())
+        ).map(lambda parts: (np.concatenate(parts[:2], 1), parts[2]))
+    )
+
+
+@both_reductions
+@settings(max_examples=100, deadline=None)
+@given(sides=wide_and_narrow())
+def test_mass_outside_the_common_vocabulary_agrees_with_float64(
+    reduction: Reduction, sides: tuple[Matrix, Matrix]
+) -> None:
+    wide, narrow = sides
+    expected = np.exp(log_softmax(wide))[:, VOCAB:].sum(-1)
+    as_reference, as_candidate = compare(wide, narrow, reduction), compare(narrow, wide, reduction)
+    for mass in (as_reference.reference_cut_mass, as_candidate.candidate_cut_mass):
+        np.testing.assert_allclose(mass.numpy(), expected, rtol=1e-5, atol=1e-300)
+    assert (as_reference.candidate_cut_mass == 0).all()
+    assert (as_candidate.reference_cut_mass == 0).all()
+    # The KL to the candidate's whole distribution is what is left of it, and what was cut.
+    possible = expected < 1 - 1e-9
+    padded = np.concatenate([narrow, np.full((ROWS, wide.shape[1] - VOCAB), -INF)], 1)
+    np.testing.assert_allclose(
+        (as_candidate.kl.numpy() - np.log1p(-expected, where=possible, out=np.zeros(ROWS)))[possible],
+        oracle(padded, wide)[possible],
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+@both_reductions
+@pytest.mark.parametrize("bad", [NAN, INF])
+@pytest.mark.parametrize("column", [VOCAB, VOCAB + 8])
+def test_what_is_not_finite_in_a_further_column_spoils_its_position_alone(
+    reduction: Reduction, bad: float, column: int
+) -> None:
+    wide, narrow = (np.random.default_rng(6).normal(size=(ROWS, n)) for n in (VOCAB + 9, VOCAB))
+    wide[1, column] = bad
+    as_reference, as_candidate = compare(wide, narrow, reduction), compare(narrow, wide, reduction)
+    for figures, flag in ((as_reference, REFERENCE_NON_FINITE), (as_candidate, CANDIDATE_NON_FINITE)):
+        assert ((figures.flags & flag) != 0).tolist() == [False, True, False, False]
+        assert ((figures.flags & ~flag) == NO_LABEL).all()
+        assert figures.kl.isnan().tolist() == [False, True, False, False]
+    assert as_candidate.candidate_cut_mass.isnan().tolist() == [False, True, False, False]
+
+
+def test_sides_of_equal_width_cost_no_further_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> Tensor:
+        raise AssertionError("a pass over columns that are not there")
+
+    monkeypatch.setattr("torch.Tensor.logsumexp", fail)
+    z = np.random.default_rng(6).normal(size=(2, ROWS, VOCAB))
+    figures = compare(*z)
+    assert (figures.reference_cut_mass == 0).all()
+    assert (figures.candidate_cut_mass == 0).all()
+
+
 def test_labels_entropy_and_argmax_agree_with_float64() -> None:
     reference, candidate = np.random.default_rng(7).normal(size=(2, ROWS, VOCAB)) * 4
     labels = [0, VOCAB - 1, -1, 11]

@@ -161,6 +161,16 @@ def test_a_row_that_is_not_finite_gives_nan_in_every_figure_and_in_no_other_row(
         assert getattr(figures, name).isnan().tolist() == [False, True, False], name
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_in_a_further_column_spoils_its_position_alone(bad: float) -> None:
+    wide, narrow = logits(3, 30), logits(3, 20, seed=1)
+    wide[1, 25] = bad
+    for sides in ((wide, narrow), (narrow, wide)):
+        figures = extended_divergence(*sides)
+        for name in Extended.__slots__:
+            assert getattr(figures, name).isnan().tolist() == [False, True, False], name
+
+
 def test_a_row_that_is_minus_infinity_everywhere_gives_nan() -> None:
     z_r, z_c = logits(2, 20), logits(2, 20, seed=1)
     z_c[0] = -math.inf

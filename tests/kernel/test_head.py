@@ -117,6 +117,7 @@ def test_bias_of_the_head_is_kept(architecture: Callable[[str], Path], windows: 
     engine = own_logits(with_seed(with_bias, load(architecture("phi"))), windows)
     assert engine.shape == read(capture, "exact").shape
     assert capture.check_head().faithful
+    assert capture.check_head().dtype == "float32"
 
 
 def with_seed(alter: Callable[[Any], Any], network: Any) -> Any:
@@ -259,3 +260,36 @@ def test_a_softcap_in_float32_on_a_product_in_16_bits_is_faithful_and_another_he
     cap = 4.5 if alter == "softcap" else 5.0
     engine = cap * torch.tanh(product.float() / cap)
     assert check_head(head, hidden, engine).faithful is (alter is None)
+
+
+@pytest.mark.parametrize("error", [TypeError, RuntimeError, NotImplementedError])
+def test_a_device_without_a_mixed_product_gets_the_same_logits_in_tiles(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    head = Head(weight=torch.randn(300, 64, generator=generator, dtype=torch.bfloat16))
+    hidden = torch.randn(5, 64, generator=generator, dtype=torch.bfloat16)
+    expected = head.logits(hidden)
+    product, asked = torch.mm, []
+
+    def mm(*tensors: Tensor, **options: Any) -> Tensor:
+        if "out_dtype" in options:
+            asked.append(options["out_dtype"])
+            raise error("mm() got an unexpected keyword argument 'out_dtype'")
+        return product(*tensors, **options)
+
+    monkeypatch.setattr("torch.mm", mm)
+    monkeypatch.setattr("pytest_kld.kernel.head._has_mixed_product", lambda _: True)
+    monkeypatch.setattr("pytest_kld.kernel.head._TILE_ELEMENTS", 64 * 7)
+    torch.testing.assert_close(head.logits(hidden), expected, rtol=1e-6, atol=1e-6)
+    assert asked == [torch.float32]
+
+
+def test_a_product_that_runs_out_of_memory_is_not_tried_in_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mm(*tensors: Tensor, **options: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("torch.mm", mm)
+    monkeypatch.setattr("pytest_kld.kernel.head._has_mixed_product", lambda _: True)
+    with pytest.raises(torch.OutOfMemoryError):
+        Head(weight=torch.zeros(3, 2, dtype=torch.bfloat16)).logits(torch.zeros(1, 2, dtype=torch.bfloat16))

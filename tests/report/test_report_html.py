@@ -249,7 +249,7 @@ def test_matrix_shows_models_by_backends(chromium: Browser, tmp_path: Path) -> N
 
 
 def test_intervals_are_drawn_as_whiskers_around_their_figures(chromium: Browser, tmp_path: Path) -> None:
-    confident = made_result("a", bounds={"max_mean": 0.05, "max_median": 0.1}, confidence=0.9)
+    confident = made_result("a", bounds={"max_mean": 0.05, "max_median": 0.1}, confidence=0.9, size=256)
     write_html_report(tmp_path / "report.html", [confident, made_result("b")])
     chromium.open(tmp_path / "report.html")
     whiskers = [box for box in boxes(chromium, "[data-chart=limits] [aria-label=rule] line") if box[0] > 0]
@@ -257,6 +257,18 @@ def test_intervals_are_drawn_as_whiskers_around_their_figures(chromium: Browser,
     assert len(whiskers) == len(finite) > 0
     low, high = (f"{confident.intervals['mean'][end]:.6f}" for end in ("low", "high"))
     assert f"[{low}, {high}]" in chromium.run("return document.querySelector('#summary table').innerText")
+    assert not chromium.complaints()
+
+
+def test_too_few_windows_for_an_interval_are_named(chromium: Browser, tmp_path: Path) -> None:
+    few = made_result("a", bounds={"max_mean": 5}, confidence=0.9)
+    assert few.inconclusive
+    write_html_report(tmp_path / "report.html", [few])
+    chromium.open(tmp_path / "report.html")
+    (check,) = few.checks
+    shown = chromium.run("return document.querySelector('[aria-label=Limits] tbody').innerText")
+    assert f"at least {check['interval']['least_windows']} windows are needed" in shown
+    assert "[0, inf]" in shown
     assert not chromium.complaints()
 
 

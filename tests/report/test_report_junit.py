@@ -49,9 +49,10 @@ def test_report_has_a_suite_per_candidate_and_a_case_per_limit(
     gate("--kld-max-mean=0.1", "--kld-junit=report.xml", "--kld-json=report.json", candidates=candidates)
     root = validate(gate.path / "report.xml")
     assert [suite.get("name") for suite in root] == [str(path) for path in candidates]
-    assert (root.get("tests"), root.get("failures"), root.get("errors")) == ("7", "1", "1")
+    assert (root.get("tests"), root.get("failures"), root.get("errors")) == ("9", "1", "1")
     passed, failed, error = root
-    assert [case.get("name") for case in passed.iter("testcase")] == ["max_mean", "max_nan", "max_ref_nan"]
+    limits = ["max_mean", "max_nan", "max_ref_nan", "max_cut_mass"]
+    assert [case.get("name") for case in passed.iter("testcase")] == limits
     assert [len(list(suite.iter("failure"))) for suite in root] == [0, 1, 0]
     assert [len(list(suite.iter("error"))) for suite in root] == [0, 0, 1]
     assert [case.get("name") for case in error.iter("testcase")] == ["measurement"]
@@ -100,7 +101,7 @@ def test_markup_and_control_characters_are_escaped(tmp_path: Path) -> None:
     )
     write_junit(tmp_path / "a.xml", [failed])
     (suite,) = validate(tmp_path / "a.xml")
-    spelled = nasty.replace("\x1b", "#x1B").replace("\x00", "#x00").replace("\ud800", "#xD800")
+    spelled = nasty.replace("\x1b", r"\x1b").replace("\x00", r"\x00").replace("\ud800", r"\ud800")
     assert suite.get("name") == spelled
     assert [case.get("classname") for case in suite.iter("testcase")] == [spelled, spelled]
     assert [failure.text for failure in suite.iter("failure")][1] == f"{spelled}\n{spelled}"

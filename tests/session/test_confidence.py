@@ -13,7 +13,7 @@ from pytest_kld.figures.interval import Interval
 from pytest_kld.gate.limits import LIMITS
 from pytest_kld.gate.verdict import Check, judge
 
-SMALL_RUN = ("--kld-dataset=python-docs", "--kld-windows=8", "--kld-window-size=64", "--kld-stride=32")
+SMALL_RUN = ("--kld-dataset=python-docs", "--kld-windows=24", "--kld-window-size=64", "--kld-stride=32")
 
 
 def check(name: str, value: float, bound: float, low: float, high: float) -> Check:
@@ -64,6 +64,37 @@ def test_words_name_the_interval_and_how_many_more_windows_would_settle_it() -> 
     assert check("max_mean", 0.04, 0.05, 0.03, 0.045).more_windows is None
 
 
+def test_too_few_windows_for_an_interval_are_named() -> None:
+    interval = Interval(low=0, high=math.inf, confidence=0.95, effective_positions=9, least_windows=12)
+    few = Check(limit=LIMITS["max_mean"], value=0.01, bound=0.05, interval=interval, windows=5)
+    assert (few.state, few.more_windows) == ("inconclusive", 7)
+    assert str(few) == (
+        "mean KLD 0.01 nats [0, inf] <= max_mean 0.05 (within by 0.04); "
+        "too few positions for confidence 0.95: at least 12 windows are needed, and there are 5"
+    )
+
+
+@pytest.mark.parametrize("size", [2, 8, 64])
+def test_one_tiny_window_does_not_pass_at_any_confidence(
+    pytester: pytest.Pytester, reference_dir: Path, candidate_dir: Path, size: int
+) -> None:
+    result = pytester.runpytest(
+        f"--kld-ref={reference_dir}",
+        f"--kld-candidate={candidate_dir}",
+        *("--kld-cache-dir=cache", "--kld-dataset=python-docs", "--kld-windows=1", f"--kld-window-size={size}"),
+        *("--kld-max-mean=5", "--kld-confidence=0.999999", "--kld-json=report.json", "--kld-junit=gate.xml"),
+    )
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        ["*[?]*[[]0, inf[]] <= max_mean 5 *; too few positions for confidence 0.999999: at least * windows are needed*"]
+    )
+    (gated,) = json.loads((pytester.path / "report.json").read_text())["results"]
+    assert gated["intervals"]["mean"]["least_windows"] >= 1444 // size
+    case = ET.parse(pytester.path / "gate.xml").find(".//testcase[@name='max_mean']")
+    assert case is not None
+    assert "windows are needed, and there are 1" in (case.findtext("system-out") or "")
+
+
 class Gate:
     """Runs the gate with the limit at the measured mean, which no interval can decide."""
 
@@ -93,7 +124,7 @@ def test_an_undecided_limit_fails_by_default_and_says_so(gate: Gate) -> None:
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
         [
-            "*1 of 3 KLD limits inconclusive at confidence 0.95:*",
+            "*1 of 4 KLD limits inconclusive at confidence 0.95:*",
             "*?*mean KLD * nats [[]*, *] <= max_mean *",
             "*FAIL (inconclusive)*",
             "*Mean KLD interval*",
@@ -121,7 +152,7 @@ def test_reports_carry_the_intervals(gate: Gate) -> None:
     interval = gated["intervals"]["mean"]
     assert interval["low"] < gated["figures"]["mean"] < interval["high"]
     assert interval["confidence"] == 0.9
-    assert 0 < interval["effective_positions"] < 8 * 64
+    assert 0 < interval["effective_positions"] < 24 * 64
     (mean,) = [check for check in gated["checks"] if check["limit"] == "max_mean"]
     assert (mean["state"], mean["passed"]) == ("inconclusive", False)
 
@@ -146,13 +177,13 @@ def test_a_clear_failure_stays_a_failure_whatever_undecided_ones_become(
     gate = Gate(pytester, reference_dir, broken_dir)
     result = gate.run("--kld-confidence=0.95", "--kld-inconclusive=skip", "--kld-max-p99=0.0001")
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["*1 of 4 KLD limits exceeded*", "*FAIL*P99 KLD*", "*?*mean KLD*"])
+    result.stdout.fnmatch_lines(["*1 of 5 KLD limits exceeded*", "*FAIL*P99 KLD*", "*?*mean KLD*"])
 
 
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--kld-confidence=95", "*--kld-confidence: expected a number of at least 0.5 and below 1*'95'*"),
+        ("--kld-confidence=95", "*--kld-confidence: expected a number of at least 0.5 and at most 0.999999*'95'*"),
         ("--kld-confidence=much", "*--kld-confidence: expected a number*'much'*"),
         ("--kld-inconclusive=maybe", "*--kld-inconclusive: expected one of fail, pass, skip, got 'maybe'*"),
         ("--kld-windows=auto:0", "*--kld-windows: expected a whole number*'0'*"),

@@ -38,6 +38,8 @@ def make_scores(*, extended: bool = True, windows: tuple[int, ...] = (3,), posit
         "reference_argmax": random.integers(0, 3, shape, dtype=np.int32),
         "candidate_argmax": random.integers(0, 3, shape, dtype=np.int32),
         "token_ids": random.integers(0, 9, shape, dtype=np.int32),
+        "reference_cut_mass": np.zeros(shape),
+        "candidate_cut_mass": np.zeros(shape),
         "flags": np.zeros(shape, np.uint8),
     }
     columns["flags"][:, -1] = 4

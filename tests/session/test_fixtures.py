@@ -33,7 +33,7 @@ def test_facade_has_the_figures_of_the_summary(gate: Gate) -> None:
             nll = {side: columns[f"{side}_nll"][:, :-1].mean() for side in ("reference", "candidate")}
             assert kld.ppl_ratio == pytest.approx(np.exp(nll["candidate"] - nll["reference"]), rel=1e-12)
             assert kld.summary.positions == 192
-            assert kld.bounds == {"max_mean": 1, "max_nan": 0, "max_ref_nan": 0}
+            assert kld.bounds == {"max_mean": 1, "max_nan": 0, "max_ref_nan": 0, "max_cut_mass": 0.01}
             assert kld.reference == kld_reference.name
             assert kld.candidate == kld_candidate.name
             assert kld.candidate in repr(kld) and f"{kld.mean:.6g}" in repr(kld)

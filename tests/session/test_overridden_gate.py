@@ -31,7 +31,7 @@ def test_a_marked_test_is_gated_whatever_a_fixture_named_kld_returns(gate: Gate,
     gate.pytester.makepyfile("import pytest\n@pytest.mark.kld(max_mean=1e-9)\ndef test_gate(kld): assert kld")
     result = gate()
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["1 of 3 KLD limits exceeded*", "  FAIL  mean KLD *"])
+    result.stdout.fnmatch_lines(["1 of 4 KLD limits exceeded*", "  FAIL  mean KLD *"])
 
 
 def test_limits_of_the_command_line_reach_a_test_behind_a_wrapper(gate: Gate) -> None:

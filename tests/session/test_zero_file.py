@@ -25,5 +25,5 @@ def test_runs_one_test_per_candidate_and_passes_or_fails_by_the_figures(
     )
     result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(
-        ["*1 of 3 KLD limits exceeded: *broken against *reference*", "*FAIL  mean KLD*max_mean 0.1*"]
+        ["*1 of 4 KLD limits exceeded: *broken against *reference*", "*FAIL  mean KLD*max_mean 0.1*"]
     )

@@ -21,6 +21,13 @@ OVERLAYS = {
     "0.5.15.post1": ("transformers==5.12.1", "tokenizers==0.22.2", "huggingface-hub==1.33.0", "xgrammar==0.2.1"),
 }
 """What each release pins."""
+CUSTOM_ALL_REDUCE = "sglang/srt/distributed/device_communicators/custom_all_reduce"
+"""The files of SGLang's own all-reduce, which parse CUDA_VISIBLE_DEVICES."""
+_UNPACKED = (
+    *("sglang/_version.py", "sglang/__init__.py", "sglang/version.py", "sglang/srt/plugins/"),
+    *("sglang/srt/server_args.py", "sglang/srt/arg_groups/fields/", CUSTOM_ALL_REDUCE),
+    "sglang/srt/layers/logits_processor.py",
+)
 _FLAGS = {
     "0.5.9": (),
     "0.5.10.post1": ("--disable-piecewise-cuda-graph",),
@@ -55,7 +62,7 @@ def release_environment(release: str, hook: Path) -> SGLangEnvironment:
 
 
 def unpack(release: str, directory: Path) -> Path:
-    """Put the files of a release's wheel that patching looks at into a directory, and return it."""
+    """Put the files of a release's wheel that tests look at into a directory, and return it."""
 
     def make(target: Path) -> None:
         download = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", target)
@@ -64,9 +71,7 @@ def unpack(release: str, directory: Path) -> Path:
     (wheel,) = cached(f"sglang-wheel-{release}", f"{sys.version}\n{release}", make).glob("*.whl")
     with ZipFile(wheel) as archive:
         for name in archive.namelist():
-            if name.startswith(
-                ("sglang/_version.py", "sglang/__init__.py", "sglang/version.py", "sglang/srt/plugins/")
-            ):
+            if name.startswith(_UNPACKED):
                 archive.extract(name, directory)
         archive.extract("sglang/srt/model_executor/model_runner.py", directory)
     return directory

@@ -135,3 +135,54 @@ def test_a_parquet_file_needs_strings_in_a_column_text(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(CorpusError, match=message):
             load_corpus(f"{name}.parquet", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        r'{"text": "a \ud800 b"}',
+        r'{"text": "a \uDCFF"}',
+        r'{"text": "\udc00\ud800"}',
+        r'{"messages": [{"role": "user", "content": "\ud83d"}]}',
+        r'{"messages": [{"role": "user", "content": [{"text": "\ud83d"}]}]}',
+    ],
+)
+def test_half_of_a_surrogate_pair_is_an_error_with_file_and_line(line: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n" + line)
+    with pytest.raises(CorpusError, match=r"a\.jsonl, line 2: \\u[0-9a-f]{4} is half of a surrogate pair"):
+        load_corpus("a.jsonl", tmp_path, str)
+
+
+def test_a_whole_surrogate_pair_is_its_character(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(r'{"text": "\ud83d\ude42 \\ud800"}')
+    assert load_corpus("a.jsonl", tmp_path).text == "\U0001f642 \\ud800"
+
+
+def test_template_that_makes_half_of_a_pair_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}')
+    with pytest.raises(CorpusError, match=r"the dataset a\.jsonl: its text holds '\\udcff', half of"):
+        load_corpus("a.jsonl", tmp_path, lambda _: "\udcff")
+
+
+@pytest.mark.parametrize("opening", ["[", '{"text":', '{"messages": [{"role": "a", "content": '])
+def test_deeply_nested_json_is_an_error_with_file_and_line(opening: str, tmp_path: Path) -> None:
+    closing = opening.translate(str.maketrans("[{", "]}", 'abcdefghijklmnopqrstuvwxyz":, '))[::-1]
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "a"}}\n{opening * 100_000}1{closing * 100_000}')
+    with pytest.raises(CorpusError, match=r"a\.jsonl, line 2: lists and objects are nested too deeply"):
+        load_corpus("a.jsonl", tmp_path)
+
+
+def test_number_of_many_digits_is_an_error_with_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "id": ' + "9" * 5000 + "}")
+    with pytest.raises(CorpusError, match=r"a\.jsonl, line 1: this is no JSON"):
+        load_corpus("a.jsonl", tmp_path)
+
+
+def test_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Text.\ufeff", encoding="utf-8-sig")
+    (tmp_path / "a.jsonl").write_text('{"text": "Text.\ufeff"}\n', encoding="utf-8-sig")
+    (tmp_path / "only.txt").write_text("", encoding="utf-8-sig")
+    assert (tmp_path / "a.txt").read_bytes().startswith(b"\xef\xbb\xbfT")
+    assert load_corpus("a.txt", tmp_path).text == load_corpus("a.jsonl", tmp_path).text == "Text.\ufeff"
+    with pytest.raises(CorpusError, match=r"only\.txt is empty"):
+        load_corpus("only.txt", tmp_path)

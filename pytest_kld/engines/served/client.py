@@ -189,7 +189,9 @@ class ServedModel:
         except requests.RequestException as error:
             raise self._failure(f"{what}: the server {self.url} does not answer: {error}") from error
         if told.status_code != requests.codes.ok:
-            raise self._failure(f"{what}: the server answered {told.status_code}: {told.text[:500]}")
+            advice = self.kind.hint(told.text)
+            quoted = told.text[:500] + (f"\nhint: {advice}" if advice else "")
+            raise self._failure(f"{what}: the server answered {told.status_code}: {quoted}")
         try:
             answer = self.kind.read_answer(told.json())
         except (KeyError, IndexError, TypeError, ValueError) as error:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from pytest_kld.engines import ModelFacts
 from pytest_kld.engines.checkpoint import read_facts
 from pytest_kld.engines.served.client import ServedModel
-from pytest_kld.subjects.subject import without_secrets
+from pytest_kld.engines.served.pool import default_command
+from pytest_kld.servers.launchers import command_in_key
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,18 +52,29 @@ class ServedEngine:
         return facts
 
     def fingerprint(self, subject: Subject) -> dict[str, Any]:
-        """Return versions, GPUs, and every argument that may change logits. See `Engine.fingerprint`."""
+        """Return versions, GPUs, and every argument and variable that may change logits. See `Engine.fingerprint`."""
         if url := subject.arguments.get("url"):
-            return {"engine": self.kind.name, **self.kind.describe(url, self.api_key)}
+            return {"engine": self.kind.name, **self._running(url, subject)}
         environment = subject.environment
         installed = self.servers.installed(environment)
+        command = tuple(self.servers.command)
+        completed = self.servers.complete(subject.arguments.get("args", ()), environment)
         return {
             "engine": self.kind.name,
             "versions": installed.versions,
             "devices": list(installed.devices),
-            "arguments": self.kind.numeric_arguments(self.servers.complete(subject.arguments.get("args", ()))),
-            "environment": without_secrets(environment),
+            "command": None if command == default_command(self.kind) else command_in_key(command),
+            "arguments": self.kind.numeric_arguments(completed, installed.options),
+            "environment": self.servers.environment(environment),
+            "notes": self.servers.notes(completed, environment),
         }
+
+    def _running(self, url: str, subject: Subject) -> dict[str, Any]:
+        """Return what a running server tells: its arguments by itself, its GPU and environment through the hook."""
+        described = self.kind.describe(url, self.api_key)
+        with self.open(subject) as served:
+            told = served.handshake
+        return {**described, "devices": [told["device"]], "environment": told["environment"], "torch": told["torch"]}
 
     @contextmanager
     def open(self, subject: Subject) -> Iterator[ServedModel]:

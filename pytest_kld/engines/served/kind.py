@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from pytest_kld.subjects.model import ModelSpec
 
 
+Options = Mapping[str, Sequence[str]]
+"""A release's flags: each one's first spelling and the field that it sets; see `pytest_kld.hook.options`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """What the user chose for every engine alike.
@@ -56,6 +60,7 @@ class ServerKind(Protocol):
         health: the path that answers 200 when a server is ready.
         auto_dtype: the dtype that it picks by itself, as far as memory on disk is concerned.
         command_option: the option that names the command.
+        note_on_named_gpus: what several GPUs that are visible by UUID only mean for a measurement, a sentence.
         hook_advice: how the hook gets in, for a server that runs without it; sentences.
 
     """
@@ -77,31 +82,37 @@ class ServerKind(Protocol):
     @property
     def command_option(self) -> str: ...  # noqa: D102
     @property
+    def note_on_named_gpus(self) -> str: ...  # noqa: D102
+    @property
     def hook_advice(self) -> str: ...  # noqa: D102
 
-    def check_arguments(self, arguments: Sequence[str], source: str) -> None:
+    def check_arguments(self, arguments: Sequence[str], source: str, options: Options | None = None) -> None:
         """Refuse flags that are ours to set or would spoil the measurement.
 
         Args:
             arguments: the user's flags.
             source: where they are from, for the message.
+            options: the release's flags, if they are known.
 
         Raises:
             ServerError: names the flag, why, and what to do instead.
 
         """
 
-    def complete(self, arguments: Sequence[str], settings: Settings) -> list[str]:
+    def complete(self, arguments: Sequence[str], settings: Settings, options: Options | None = None) -> list[str]:
         """Return all flags of a server but those of address and model."""
 
     def address(self, model: ModelSpec, port: int) -> list[str]:
         """Return the flags of model and address: 127.0.0.1 and a port."""
 
-    def gpus_needed(self, arguments: Sequence[str]) -> int:
+    def gpus_needed(self, arguments: Sequence[str], options: Options | None = None) -> int:
         """Return how many GPUs a server with these flags takes; 0 if it runs on the CPU."""
 
-    def numeric_arguments(self, arguments: Sequence[str]) -> list[list[str]]:
+    def numeric_arguments(self, arguments: Sequence[str], options: Options | None = None) -> list[list[str]]:
         """Return the flags that may change logits, in a fixed order, for the cache key."""
+
+    def variables(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """Return the variables that a server gets on top of these, unless the user chose otherwise in them."""
 
     def axis_flags(self, axes: Mapping[str, str]) -> list[str]:
         """Return the flags that a Subject's axes stand for."""

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING
 from pytest_kld import __version__
 from pytest_kld.errors import ServerError
 from pytest_kld.hook.protocol import CAPTURE_DIR_VARIABLE, PROTOCOL
-from pytest_kld.servers.leases import lease, lease_directory, visible_gpus
+from pytest_kld.servers.environment import numeric_environment
+from pytest_kld.servers.launchers import inherited, kill_command, with_environment
+from pytest_kld.servers.leases import lease, lease_directory, only_by_name, visibility, visible_gpus
 from pytest_kld.servers.server import Server, ServerCommand, free_port
 
 if TYPE_CHECKING:
-    from pytest_kld.engines.served.kind import ServerKind, Settings
+    from pytest_kld.engines.served.kind import Options, ServerKind, Settings
     from pytest_kld.progress import Progress
     from pytest_kld.subjects.model import ModelSpec
 
@@ -32,10 +34,18 @@ _SECONDS_BETWEEN_NOTES = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Installed:
-    """What is installed where an engine runs."""
+    """What is installed where an engine runs.
+
+    Attributes:
+        versions: of the packages that determine a capture's bits.
+        devices: the names of the GPUs.
+        options: the release's flags; None if its source cannot be read.
+
+    """
 
     versions: dict[str, str]
     devices: tuple[str, ...]
+    options: Options | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,13 +110,25 @@ class ServerPool:
         """
         key = tuple(sorted(environment.items()))
         if key not in self._installed:
-            self._installed[key] = _ask(self.kind, self.command, {**os.environ, **environment})
+            variables = {**os.environ, **environment}
+            command = with_environment(self.command, environment, variables)
+            self._installed[key] = _ask(self.kind, command, variables)
         return self._installed[key]
 
-    def complete(self, arguments: Sequence[str]) -> list[str]:
-        """Return all flags of a server but those of address and model."""
-        self.kind.check_arguments(arguments, f"{self.kind.title}'s arguments")
-        return self.kind.complete(arguments, self.settings)
+    def complete(self, arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+        """Return all flags of a server but those of address and model.
+
+        Args:
+            arguments: the user's.
+            environment: variables on top of this process's; they may decide which release runs.
+
+        Raises:
+            ServerError: one of them is refused, or the engine or the hook is not installed.
+
+        """
+        options = self.installed(environment).options
+        self.kind.check_arguments(arguments, f"{self.kind.title}'s arguments", options)
+        return self.kind.complete(arguments, self.settings, options)
 
     def get(self, model: ModelSpec, arguments: Sequence[str], environment: Mapping[str, str]) -> ServerHandle:
         """Return a server for a model: the one that runs, or a new one.
@@ -120,15 +142,34 @@ class ServerPool:
             ServerError: it does not boot.
 
         """
-        completed = self.complete(arguments)
+        completed = self.complete(arguments, environment)
         key = (model.source, model.revision, tuple(completed), tuple(sorted(environment.items())))
         for running in self._running:
             if running.key == key and running.server.exit_code is None:
                 return running.handle
-        self.installed(environment)
         running = self._boot(key, model, completed, environment)
         self._running.append(running)
         return running.handle
+
+    def variables(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """Return the variables of a server on top of this process's: the user's, and ours if the user has not chosen.
+
+        Args:
+            environment: the user's.
+
+        """
+        return {**environment, **self.kind.variables({**os.environ, **environment})}
+
+    def environment(self, given: Mapping[str, str]) -> dict[str, str]:
+        """Return all variables that reach a server and may change its numbers, for the key."""
+        return numeric_environment(inherited(self.command, os.environ), self.variables(given))
+
+    def notes(self, arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+        """Return what a reader of the figures should know about how a server with these flags runs here."""
+        gpus, options = visible_gpus({**os.environ, **environment}), self.installed(environment).options
+        if self.kind.gpus_needed(arguments, options) > 1 and only_by_name(gpus):
+            return [self.kind.note_on_named_gpus]
+        return []
 
     def failure(self, handle: ServerHandle, what: str) -> ServerError:
         """Return an error about a server, with the end of its log."""
@@ -146,8 +187,9 @@ class ServerPool:
     def _boot(
         self, key: tuple[object, ...], model: ModelSpec, arguments: Sequence[str], environment: Mapping[str, str]
     ) -> _Running:
-        variables = {**os.environ, **environment}
-        needed, gpus = self.kind.gpus_needed(arguments), visible_gpus(variables)
+        variables = {**os.environ, **self.variables(environment)}
+        options = self.installed(environment).options
+        needed, gpus = self.kind.gpus_needed(arguments, options), visible_gpus(variables)
         if not gpus:
             needed = 0
         self._make_room(needed, len(gpus))
@@ -156,18 +198,23 @@ class ServerPool:
             if needed:
                 note = f"waiting for {needed} free GPUs"
                 held = stack.enter_context(lease(needed, gpus, lease_directory(), lambda: self.progress.note(note)))
-                variables["CUDA_VISIBLE_DEVICES"] = ",".join(held)
+                variables |= visibility(held)
             self.capture_dir.mkdir(parents=True, exist_ok=True)
             variables[CAPTURE_DIR_VARIABLE] = str(self.capture_dir)
             port = free_port()
+            log = self._new_log(model)
+            forwarded = (*self.variables(environment), *visibility(held), CAPTURE_DIR_VARIABLE)
+            cidfile, kill = log.with_suffix(".cid"), kill_command(self.command)
+            launch = with_environment(self.command, forwarded, variables, cidfile)
             command = ServerCommand(
-                argv=[*self.command, *self.kind.address(model, port), *arguments],
+                argv=[*launch, *self.kind.address(model, port), *arguments],
                 environment=variables,
                 url=f"http://127.0.0.1:{port}",
                 health=self.kind.health,
-                log=self._new_log(model),
+                log=log,
                 startup_timeout=self.startup_timeout,
                 hint=self.kind.hint,
+                container=(cidfile, kill) if kill else None,
             )
             self.progress.note(f"booting {self.kind.title} for {model.label}, log {command.log}")
             started = time.monotonic()
@@ -252,4 +299,4 @@ def _ask(kind: ServerKind, command: Sequence[str], variables: Mapping[str, str])
         )
     if not told["hooked"]:
         raise ServerError(told["why_not"])
-    return Installed(versions=told["versions"], devices=tuple(told["devices"]))
+    return Installed(versions=told["versions"], devices=tuple(told["devices"]), options=told["options"])

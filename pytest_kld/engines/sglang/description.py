@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import requests
@@ -9,29 +10,31 @@ import requests
 from pytest_kld.engines.served.kind import headers
 from pytest_kld.errors import ServerError
 
-_VOLATILE = (
-    "internal_states",
-    "random_seed",
-    "port",
-    "host",
-    "nccl_port",
-    "dist_init_addr",
-    "node_rank",
-    "status",
-    "log_",
-    "key",
-    "token",
-    "password",
-    "max_",
-    "metrics",
-    "watchdog",
-    "served_model_name",
-    "tokenizer",
-    "crash_dump",
-    "time",
-    "command",
-)
-"""Parts of names in `/server_info` that are secret, change from one start to the next, or move no logit."""
+_LEFT_OUT = {
+    "api_key": "a secret",
+    "admin_api_key": "a secret",
+    "ssl_keyfile_password": "a secret",
+    "host": "an address",
+    "port": "an address",
+    "nccl_port": "an address",
+    "dist_init_addr": "an address",
+    "node_rank": "which node answers",
+    "launch_command": "the flags, with address and secrets; the fields hold what SGLang made of them",
+    "internal_states": "counters and memory of this moment",
+    "status": "the state of this moment",
+    "startup_time": "how long it took to start",
+    "max_total_num_tokens": "the cache's room, measured by the memory that is free at the start",
+    "max_req_input_len": "the same, for one request",
+    "random_seed": "SGLang draws it at each start; a prefill samples nothing that is kept",
+    "log_level": "what is printed",
+    "log_level_http": "what is printed",
+    "log_requests": "what is printed",
+    "log_requests_level": "what is printed",
+    "watchdog_timeout": "when a server that hangs is killed",
+    "dist_timeout": "when a collective that hangs is given up",
+    "download_dir": "where weights lie",
+}
+"""Fields of `/get_server_info` that move no logit, each with the reason; every other field is part of the key."""
 
 
 def server_description(url: str, api_key: str | None) -> dict[str, Any]:
@@ -51,11 +54,16 @@ def server_description(url: str, api_key: str | None) -> dict[str, Any]:
             "key, --kld-api-key-env."
         ) from error
     version = told.pop("version", None)
-    arguments = {
-        name: value
-        for name, value in told.items()
-        if isinstance(value, str | int | float | bool | list)
-        and not any(part in name for part in _VOLATILE)
-        and not (api_key and api_key in str(value))
-    }
+    arguments = {name: _without(api_key, value) for name, value in sorted(told.items()) if name not in _LEFT_OUT}
     return {"versions": {"sglang": version}, "arguments": arguments}
+
+
+def _without(api_key: str | None, value: Any) -> Any:
+    """Return a value with a digest in place of each text that holds the key."""
+    if isinstance(value, list):
+        return [_without(api_key, item) for item in value]
+    if isinstance(value, dict):
+        return {name: _without(api_key, item) for name, item in value.items()}
+    if api_key and isinstance(value, str) and api_key in value:
+        return f"sha256:{hashlib.sha256(value.encode()).hexdigest()}"
+    return value

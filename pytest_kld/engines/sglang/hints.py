@@ -22,6 +22,16 @@ _HINTS = (
         "SGLang does not load compressed-tensors weights of linear attention layers; such a model gives NaN.",
     ),
     (
+        r"(?i)speculative decoding does not support return(_logprob|ed logprobs)",
+        "this speculative algorithm refuses requests for log-probs, which a capture needs: capture without "
+        "--speculative-*, which changes no logit of a prefill.",
+    ),
+    (
+        r"(?i)(logits_processor|logprob)[\s\S]*(CUDA out of memory|OutOfMemoryError)",
+        "out of memory while SGLang computed its own log-probs: lower SGLANG_LOGPROB_CHUNK_SIZE (before 0.5.16: "
+        "SGLANG_LOGITS_PROCESSER_CHUNK_SIZE) with --kld-ref-env and --kld-candidate-env, or --mem-fraction-static.",
+    ),
+    (
         r"(?i)out of memory|OutOfMemoryError|not enough memory|Not enough memory",
         "out of memory: lower --mem-fraction-static, raise --tp, or see who else uses the GPUs.",
     ),

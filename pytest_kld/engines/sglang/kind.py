@@ -11,8 +11,19 @@ from pytest_kld.engines.sglang import arguments as flags
 from pytest_kld.engines.sglang.hints import hint
 
 if TYPE_CHECKING:
-    from pytest_kld.engines.served.kind import ServerKind
+    from pytest_kld.engines.served.kind import Options, ServerKind
     from pytest_kld.subjects.model import ModelSpec
+
+_CHUNKS = {
+    "SGLANG_ENABLE_LOGITS_PROCESSER_CHUNK": "1",
+    "SGLANG_LOGITS_PROCESSER_CHUNK_SIZE": "256",
+    "SGLANG_LOGPROB_CHUNK_SIZE": "256",
+}
+"""SGLang makes its own log-probs of this many rows at a time, by the names of older and newer releases.
+
+By default it makes those of a whole window at once: 3 to 4.4 GB for 2,048 tokens of a vocabulary of 152,064.
+"""
+_CHUNK_SWITCH = "SGLANG_ENABLE_LOGPROB_CHUNK"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,24 +38,28 @@ class SGLang:
     health: str = "/health"
     auto_dtype: str = "bfloat16"
     command_option: str = "--kld-sglang-command"
+    note_on_named_gpus: str = (
+        "the GPUs are visible by UUID only (MIG, or a container that hides their numbers), so SGLang's custom "
+        "all-reduce is off and other kernels are measured than on whole GPUs"
+    )
     hook_advice: str = (
         "SGLANG_PLUGINS, if set, must name pytest_kld. SGLang before 0.5.11 needs `pytest-kld patch --apply`"
     )
 
-    def check_arguments(self, arguments: Sequence[str], source: str) -> None:
+    def check_arguments(self, arguments: Sequence[str], source: str, options: Options | None = None) -> None:
         """Refuse flags. See `ServerKind.check_arguments`."""
-        flags.check_arguments(arguments, source)
+        flags.check_arguments(arguments, source, options)
 
-    def complete(self, arguments: Sequence[str], settings: Settings) -> list[str]:
+    def complete(self, arguments: Sequence[str], settings: Settings, options: Options | None = None) -> list[str]:
         """Add flags that are not given. See `ServerKind.complete`."""
         added = []
-        if not flags.has_flag(arguments, flags.ONE_WINDOW_A_BATCH):
+        if not flags.has_flag(arguments, flags.ONE_WINDOW_A_BATCH, options):
             added += [flags.ONE_WINDOW_A_BATCH, "1"]
-        if settings.dtype != "auto" and not flags.has_flag(arguments, "--dtype"):
+        if settings.dtype != "auto" and not flags.has_flag(arguments, "--dtype", options):
             added += ["--dtype", settings.dtype]
-        if settings.device == "cpu" and not flags.has_flag(arguments, "--device"):
+        if settings.device == "cpu" and not flags.has_flag(arguments, "--device", options):
             added += ["--device", "cpu"]
-        if settings.trust_remote_code and not flags.has_flag(arguments, "--trust-remote-code"):
+        if settings.trust_remote_code and not flags.has_flag(arguments, "--trust-remote-code", options):
             added += ["--trust-remote-code"]
         return [*arguments, *added]
 
@@ -53,13 +68,17 @@ class SGLang:
         address = ["--model-path", model.source, "--host", "127.0.0.1", "--port", str(port)]
         return [*address, "--revision", model.revision] if model.revision else address
 
-    def gpus_needed(self, arguments: Sequence[str]) -> int:
+    def gpus_needed(self, arguments: Sequence[str], options: Options | None = None) -> int:
         """Multiply the parallel sizes. See `ServerKind.gpus_needed`."""
-        return flags.gpus_needed(arguments)
+        return flags.gpus_needed(arguments, options)
 
-    def numeric_arguments(self, arguments: Sequence[str]) -> list[list[str]]:
+    def numeric_arguments(self, arguments: Sequence[str], options: Options | None = None) -> list[list[str]]:
         """Leave out what moves no logit. See `ServerKind.numeric_arguments`."""
-        return flags.numeric_arguments(arguments)
+        return flags.numeric_arguments(arguments, options)
+
+    def variables(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """Bound the memory of SGLang's own log-probs. See `ServerKind.variables`."""
+        return {} if any(name in environment for name in (*_CHUNKS, _CHUNK_SWITCH)) else dict(_CHUNKS)
 
     def axis_flags(self, axes: Mapping[str, str]) -> list[str]:
         """Return the axes' flags. See `ServerKind.axis_flags`."""

@@ -1,0 +1,75 @@
+"""The flags of a SGLang release, read from its source: importing its parser takes seconds and a working torch.
+
+Releases declare flags in two ways, and newer ones in both: `parser.add_argument("--tp-size", "--tp", dest=…)`, and
+fields of a class, `tp_size: A[int, Arg(help=…, aliases=["--tp"])]`, whose name is the flag's. Standard library only.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+_SOURCES = ("srt/server_args.py", "srt/arg_groups/fields/*.py")
+_KNOWN_FLAG = "--model-path"
+"""A flag of every release: a table without it was misread."""
+
+
+def read_options(root: Path) -> dict[str, tuple[str, str]] | None:
+    """Return each flag's first spelling and the field that it sets; None if they cannot be read.
+
+    An entry is `"--tensor-parallel-size": ("--tp-size", "tp_size")`. Two flags with one first spelling mean the same.
+    Two that set one field need not: `--disable-x` and `--enforce-x`.
+
+    Args:
+        root: the directory of the package `sglang`.
+
+    """
+    found: dict[str, tuple[str, str]] = {}
+    try:
+        for pattern in _SOURCES:
+            for path in sorted(root.glob(pattern)):
+                for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                    spellings, field = _declared(node)
+                    found.update(dict.fromkeys(spellings, (spellings[0], field)) if spellings else {})
+    except (OSError, SyntaxError, ValueError):
+        return None
+    return dict(sorted(found.items())) if _KNOWN_FLAG in found else None
+
+
+def _declared(node: ast.AST) -> tuple[list[str], str]:
+    """Return the spellings that a node declares, and their field."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
+        flags = [flag for argument in node.args if (flag := _text(argument)) and flag.startswith("--")]
+        first = flags[0] if flags else ""
+        return flags, _text(_keywords(node).get("dest")) or first.removeprefix("--").replace("-", "_")
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        return list(_field(node.target.id, node.annotation)), node.target.id
+    return [], ""
+
+
+def _field(name: str, annotation: ast.expr) -> Iterator[str]:
+    """Read `A[type, "help"]` and `A[type, Arg(help=…, cli_name=…, aliases=[…])]`."""
+    if not (isinstance(annotation, ast.Subscript) and _name(annotation.value) in ("A", "Annotated")):
+        return
+    parts = annotation.slice.elts[1:] if isinstance(annotation.slice, ast.Tuple) else []
+    call = next((part for part in parts if isinstance(part, ast.Call) and _name(part.func) == "Arg"), None)
+    keywords = {} if call is None else _keywords(call)
+    if not parts or "no_cli" in keywords:
+        return
+    yield _text(keywords.get("cli_name")) or f"--{name.replace('_', '-')}"
+    aliases = keywords.get("aliases")
+    if isinstance(aliases, ast.List | ast.Tuple):
+        yield from (alias for element in aliases.elts if (alias := _text(element)))
+
+
+def _keywords(call: ast.Call) -> dict[str, ast.expr]:
+    return {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
+
+
+def _name(node: ast.expr) -> str | None:
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def _text(node: ast.expr | None) -> str | None:
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None

@@ -1,0 +1,117 @@
+"""Names and messages that are not ours are shown, and do nothing to the terminal or the page that shows them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import Gate
+
+EVIL = "\x1b[31mred\x1b]0;title\x07\u202egnp.\u2066\u200b\x9b1m\u2028"
+SHOWN = EVIL.encode("unicode_escape").decode()
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+REPORTS = ("--kld-json=report.json", "--kld-junit=report.xml", "--kld-html=report.html", "--junitxml=out.xml")
+
+
+@pytest.fixture
+def evil_dir(gate: Gate, tmp_path: Path) -> Path:
+    """The candidate under a name that turns a terminal red, turns text around and hides some."""
+    return Path(shutil.copytree(gate.candidate, tmp_path / f"model{EVIL}"))
+
+
+def controls_in(gate: Gate, *arguments: str, candidate: Path, reference: Path | None = None) -> tuple[int, str]:
+    """Gate in a process of its own with colours; return its exit code, what it printed, having looked for controls."""
+    options = [f"--kld-ref={reference or gate.reference}", f"--kld-candidate={candidate}", *gate.protocol, gate.cache]
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *REPORTS, "-rA", "-vv", *arguments],
+        cwd=gate.path,
+        capture_output=True,
+        check=False,
+        env={
+            "PATH": "/usr/bin:/bin",
+            "HOME": str(gate.path),
+            "PYTHONUTF8": "1",
+            "PYTHONPATH": ":".join(sys.path),
+            "OMP_NUM_THREADS": "1",
+        },
+    )
+    shown = (ran.stdout + ran.stderr).decode()
+    assert not CONTROLS.findall(shown), CONTROLS.sub(lambda match: ascii(match[0]), shown)
+    for name in ("report.json", "report.xml", "report.html", "out.xml"):
+        if (gate.path / name).is_file():
+            text = (gate.path / name).read_text(encoding="utf-8").partition("<script>")[0]  # the libraries are not ours
+            assert not CONTROLS.findall(text), name
+    return ran.returncode, shown
+
+
+@pytest.mark.parametrize("limit", ["1", "1e-9"])
+def test_control_characters_in_a_models_name_are_spelled_out(gate: Gate, evil_dir: Path, limit: str) -> None:
+    code, shown = controls_in(gate, f"--kld-max-mean={limit}", candidate=evil_dir, reference=evil_dir.parent / "ref")
+    assert code == pytest.ExitCode.USAGE_ERROR  # a reference that is not there, in the same evil directory
+    code, shown = controls_in(gate, f"--kld-max-mean={limit}", f"--kld-cache-dir={gate.path}/c", candidate=evil_dir)
+    assert code == (limit == "1e-9")
+    table = shown.partition("KLD Evaluation Results")[2]
+    assert f"model{SHOWN} " in table
+    assert f"kld: capture {evil_dir.parent}/model{SHOWN}: 3/3 windows" in shown
+    if code:
+        assert re.search(
+            rf"KLD limits exceeded: {re.escape(str(evil_dir.parent))}/model{re.escape(SHOWN)} against", shown
+        )
+    (suite,) = ElementTree.parse(gate.path / "report.xml").getroot()
+    assert suite.get("name") == f"{evil_dir.parent}/model{SHOWN}"
+    assert gate.results()[0]["candidate"] == str(evil_dir)  # JSON escapes by itself, and programs get the name as it is
+    assert f"model{SHOWN}" in (gate.path / "report.html").read_text()
+
+
+def test_control_characters_in_what_a_test_asserts_are_spelled_out(gate: Gate, evil_dir: Path) -> None:
+    gate.pytester.makepyfile("""
+        def test_assert(kld):
+            print(kld.candidate)
+            assert kld.mean < 1e-9
+        def test_raise(kld): raise RuntimeError(kld.candidate)
+        def test_repr(kld): assert not kld
+    """)
+    code, shown = controls_in(gate, candidate=evil_dir)
+    assert code == pytest.ExitCode.TESTS_FAILED
+    assert f"mean KLD of {evil_dir.parent}/model{SHOWN} against" in shown
+    assert f"RuntimeError: {evil_dir.parent}/model{SHOWN[:30]}" in shown  # pytest ends the line at U+2028
+
+
+@pytest.mark.parametrize("field", ["architectures", "model_type", "quantization_config", "torch_dtype"])
+def test_control_characters_in_config_json_are_spelled_out(gate: Gate, tmp_path: Path, field: str) -> None:
+    model = Path(shutil.copytree(gate.candidate, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    config.pop("dtype", None)
+    config[field] = {
+        "architectures": [EVIL],
+        "quantization_config": {"quant_method": EVIL},
+    }.get(field, EVIL)
+    (model / "config.json").write_text(json.dumps(config))
+    controls_in(gate, candidate=model)
+    (result,) = gate.results()
+    assert result["candidate"] == str(model)
+
+
+def test_control_characters_in_a_dataset_and_its_name_are_spelled_out(gate: Gate, tmp_path: Path) -> None:
+    text = tmp_path / f"text{EVIL}.txt"
+    text.write_text(f"{EVIL} and more of it. " * 200, encoding="utf-8")
+    code, shown = controls_in(gate, f"--kld-dataset={text}", "--kld-max-mean=1e-9", candidate=gate.candidate)
+    assert code == pytest.ExitCode.TESTS_FAILED
+    assert f"text{SHOWN}.txt" in shown
+    assert "kld diagnosis" in shown
+
+
+def test_control_characters_in_a_usage_error_are_spelled_out(gate: Gate, tmp_path: Path) -> None:
+    (tmp_path / EVIL).mkdir()
+    code, shown = controls_in(gate, candidate=tmp_path / EVIL)
+    assert code == pytest.ExitCode.USAGE_ERROR
+    assert f"ERROR: --kld-candidate: {tmp_path}/{SHOWN} is neither a model directory" in shown
