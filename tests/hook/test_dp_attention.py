@@ -70,13 +70,8 @@ def greet(directory: Path, rank: int, processor: Any, monkeypatch: pytest.Monkey
 def served(handshake: Path, directory: Path) -> ServedModel:
     told = json.loads(handshake.read_text())
     return ServedModel(
-        **{
-            "kind": KIND,
-            "url": "http://node7:30000",
-            "label": "org/model",
-            "handshake": told,
-            "capture_dir": directory,
-        },
+        **{"kind": KIND, "url": "http://node7:30000", "label": "org/model", "handshake": told},
+        **{"capture_dir": directory, "api_key": None, "pool": None, "server": None},
     )
 
 
