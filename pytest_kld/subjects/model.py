@@ -140,7 +140,7 @@ class ModelSpec:
             for name, model in self._taken_from_elsewhere(trust_remote_code).items()
             if model._anonymous not in above
         }
-        return {**own, "elsewhere": elsewhere} if elsewhere else own
+        return {**own, "elsewhere": elsewhere}
 
     @property
     def _anonymous(self) -> ModelSpec:

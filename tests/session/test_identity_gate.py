@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import jsonschema
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -17,6 +18,7 @@ from pytest_kld.subjects.digests import MEMO
 if TYPE_CHECKING:
     from conftest import Gate
 
+SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_text(encoding="utf-8"))
 WEIGHTS = "model.safetensors"
 LIMIT = "--kld-max-mean=0.1"
 
@@ -171,3 +173,18 @@ def test_a_damaged_memo_changes_nothing(gate: Gate, tmp_path: Path, cache: str) 
     tensors["lm_head.weight"] = -tensors["lm_head.weight"]
     save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
     gate(cache, LIMIT, candidates=(model,)).assert_outcomes(failed=1)
+
+
+def test_what_a_model_takes_from_elsewhere_is_in_the_json_report(gate: Gate, tmp_path: Path, cache: str) -> None:
+    model = copy_with_fixed_times(gate.candidate, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "own.py").write_text("")
+    config["auto_map"] = {"AutoProcessor": f"{code}--own.Processor"}
+    (model / "config.json").write_text(json.dumps(config))
+    options = (cache, LIMIT, "--kld-trust-remote-code", "--kld-json=report.json")
+    gate(*options, candidates=(model,)).assert_outcomes(passed=1)
+    jsonschema.validate(json.loads((gate.path / "report.json").read_text()), SCHEMA)
+    identity = gate.results()[0]["about"]["candidate"]["key"]["model"]
+    assert identity["hash"] == identity["elsewhere"]["code of AutoProcessor"]["hash"] == "sample"

@@ -361,9 +361,9 @@ def test_a_base_that_names_itself_or_is_nowhere_is_no_obstacle(small: Path, monk
     plain = identity(small)
     config = small / "adapter_config.json"
     config.write_text(json.dumps({"base_model_name_or_path": str(small)}))
-    assert "elsewhere" not in identity(small)
+    assert identity(small)["elsewhere"] == {}
     config.write_text(json.dumps({"base_model_name_or_path": "org/nowhere"}))
-    assert identity(small)["elsewhere"] == {"base model": {"hub": "org/nowhere", "commit": None}}
+    assert identity(small)["elsewhere"] == {"base model": {"hub": "org/nowhere", "commit": None, "elsewhere": {}}}
     for damaged in ("{", "[]", '{"base_model_name_or_path": 3}'):
         config.write_text(damaged)
         assert identity(small)["local"] != plain["local"]

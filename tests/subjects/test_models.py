@@ -78,7 +78,7 @@ def test_a_capture_is_known_by_its_first_file(name: str, tmp_path: Path) -> None
 def test_a_hub_id_is_pinned_to_its_commit_offline(revision: str | None, commit: str, hub: Path) -> None:
     pinned = ModelSpec(name="org/name", revision=revision).pin()
     assert pinned.revision == commit * 40
-    assert pinned.identity(FileDigests()) == {"hub": "org/name", "commit": commit * 40}
+    assert pinned.identity(FileDigests()) == {"hub": "org/name", "commit": commit * 40, "elsewhere": {}}
     assert pinned.pin() == pinned
 
 
@@ -94,7 +94,7 @@ def test_a_hub_adapter_is_its_commit_and_its_bases(hub: Path) -> None:
     (snapshot / "adapter_config.json").write_text('{"base_model_name_or_path": "org/name", "revision": "main"}')
     (snapshot / "config.json").write_text('{"auto_map": {"AutoModel": "org/code--own.Model"}}')
     pinned = ModelSpec(name="org/name", revision="v2").pin()
-    base = {"base model": {"hub": "org/name", "commit": COMMITS["main"]}}
+    base = {"base model": {"hub": "org/name", "commit": COMMITS["main"], "elsewhere": {}}}
     assert pinned.identity(FileDigests()) == {"hub": "org/name", "commit": COMMITS["v2"], "elsewhere": base}
     code = hub / "models--org--code" / "snapshots" / ("c" * 40)
     code.mkdir(parents=True)
@@ -102,7 +102,7 @@ def test_a_hub_adapter_is_its_commit_and_its_bases(hub: Path) -> None:
     (hub / "models--org--code" / "refs").mkdir()
     (hub / "models--org--code" / "refs" / "main").write_text("c" * 40)
     trusted = pinned.identity(FileDigests(), trust_remote_code=True)
-    assert trusted["elsewhere"]["code of AutoModel"] == {"hub": "org/code", "commit": "c" * 40}
+    assert trusted["elsewhere"]["code of AutoModel"] == {"hub": "org/code", "commit": "c" * 40, "elsewhere": {}}
 
 
 @pytest.mark.parametrize("name", ["capture.json", "0.safetensors"])
