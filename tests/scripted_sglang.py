@@ -15,8 +15,10 @@ from pathlib import Path
 from scripted_server import Handler
 
 from pytest_kld import __version__
+from pytest_kld.engines.served.kind import Settings
+from pytest_kld.engines.served.pool import ServerPool
 from pytest_kld.engines.sglang.arguments import flags
-from pytest_kld.engines.sglang.pool import LAUNCH, ServerPool
+from pytest_kld.engines.sglang.kind import KIND
 from pytest_kld.hook.protocol import CAPTURE_DIR_VARIABLE, PROTOCOL
 from pytest_kld.progress import Silent
 
@@ -30,19 +32,18 @@ GOOD = {
     "why_not": None,
 }
 STARTED = "started.json"
-COMMAND = (sys.executable, str(Path(__file__)), *LAUNCH)
+COMMAND = (sys.executable, str(Path(__file__)), *KIND.launch)
 
 
 def make_pool(directory: Path, command: tuple[str, ...] = COMMAND) -> ServerPool:
     """Return a pool that starts this."""
     return ServerPool(
+        kind=KIND,
         command=command,
         capture_dir=directory / "spool",
         log_dir=directory / "logs",
         startup_timeout=60,
-        dtype="auto",
-        device="auto",
-        trust_remote_code=False,
+        settings=Settings(),
         progress=Silent(),
     )
 
@@ -54,7 +55,7 @@ def started(pool: ServerPool) -> dict[str, dict[str, str]]:
 
 
 def main() -> None:
-    if sys.argv[1:] == ["-m", "pytest_kld.hook"]:
+    if sys.argv[1:] == ["-m", "pytest_kld.hook", KIND.seams]:
         print(json.dumps(GOOD))
         return
     given = {name: " ".join(values) for name, values in flags(sys.argv[3:])}

@@ -72,6 +72,18 @@ def test_imports_point_down_the_list() -> None:
     assert not wrong, "imports that go the wrong way:\n" + "\n".join(wrong)
 
 
+def test_what_engines_share_knows_no_engine() -> None:
+    """An engine is its own folder and its module of seams; servers and hooks in general import neither."""
+    shared = [*(PACKAGE / "engines" / "served").glob("*.py"), *(PACKAGE / "hook").glob("*.py")]
+    own = {PACKAGE / "hook" / "sglang.py", PACKAGE / "hook" / "patching.py"}
+    for path in set(shared) - own:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        modules += [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]
+        named = [name for _, name in imports_of(path)]
+        assert not [name for name in (*modules, *named) if "sglang" in name], path
+
+
 def test_modules_import_each_other_in_no_circle() -> None:
     modules = {module_of(path): path for path in PACKAGE.rglob("*.py")}
     known = {

@@ -20,6 +20,7 @@ from pytest_kld.files import atomic_path, sha256_of_file
 from pytest_kld.kernel.head import Head, HeadCheck, check_head
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from pytest_kld.captures.capture import Store
@@ -70,7 +71,11 @@ class Recording:
                 progress.note(f"{self.subject.label}: keeping logits, {reason}")
                 self._require_free(cache, entry, loaded.facts, store, progress)
             partial = cache.partial(entry)
-            files = self._write_windows(journal, loaded, store, progress)
+
+            def require_free(dtype: torch.dtype) -> None:
+                self._require_free(cache, entry, loaded.facts, store, progress, dtype)
+
+            files = self._write_windows(journal, loaded, store, progress, require_free)
             if head is not None:
                 files[HEAD_FILE] = write_tensors(partial / HEAD_FILE, head.tensors())
             manifest = self._manifest(loaded.facts, head, store, reason, files)
@@ -127,8 +132,24 @@ class Recording:
         return None, _unfaithful(min(checks, key=lambda check: check.worst))
 
     def _write_windows(
-        self, journal: Journal, loaded: LoadedModel, store: str, progress: Progress
+        self,
+        journal: Journal,
+        loaded: LoadedModel,
+        store: str,
+        progress: Progress,
+        require_free: Callable[[torch.dtype], None],
     ) -> dict[str, dict[str, Any]]:
+        """Run the windows that are missing and write them.
+
+        Args:
+            journal: of the entry that is being made.
+            loaded: the model.
+            store: what is kept.
+            progress: told of each window.
+            require_free: called with the logits' dtype before anything is written, if it is wider than was known.
+
+        """
+        announced: torch.dtype = getattr(torch, loaded.facts.dtype)
         partial = journal.partial
         names = [window_file(store, index) for index in range(self.windows.count)]
         files: dict[str, dict[str, Any]] = {}
@@ -146,6 +167,9 @@ class Recording:
         rows = self.check_rows if store == "hidden" else None
         with progress.task(f"capture {self.subject.label}", len(names), len(files)) as task:
             for prefill in loaded.prefill(self.windows, missing, rows):
+                if prefill.logits.dtype.itemsize > announced.itemsize:
+                    announced = prefill.logits.dtype
+                    require_free(announced)
                 name = names[prefill.window]
                 tensors = self._tensors(prefill, store, loaded.facts.vocab_size)
                 files[name] = write_tensors(partial / name, tensors)
@@ -206,9 +230,17 @@ class Recording:
             "files": files,
         }
 
-    def _require_free(self, cache: Cache, entry: Path, facts: ModelFacts, store: str, progress: Progress) -> None:
+    def _require_free(
+        self,
+        cache: Cache,
+        entry: Path,
+        facts: ModelFacts,
+        store: str,
+        progress: Progress,
+        logits_dtype: torch.dtype | None = None,
+    ) -> None:
         kept = sum(path.stat().st_size for path in cache.partial(entry).rglob("*") if path.is_file())
-        needed = max(0, capture_bytes(facts, self.windows, store, len(self.check_rows)) - kept)
+        needed = max(0, capture_bytes(facts, self.windows, store, len(self.check_rows), logits_dtype) - kept)
         what = f"the capture of {self.subject.label} ({self.windows.count} windows, store {store})"
         free = cache.require_free(needed, what, entry)
         progress.note(f"{what} needs {format_bytes(needed)}; {format_bytes(free)} are free")
@@ -256,16 +288,28 @@ def require_fits(facts: ModelFacts, windows: Windows, label: str) -> None:
         )
 
 
-def capture_bytes(facts: ModelFacts, windows: Windows, store: str, check_rows: int) -> int:
-    """Return the bytes that a capture takes on disk, to within the files' headers."""
+def capture_bytes(
+    facts: ModelFacts, windows: Windows, store: str, check_rows: int, logits_dtype: torch.dtype | None = None
+) -> int:
+    """Return the bytes that a capture takes on disk, to within the files' headers.
+
+    Args:
+        facts: of the model; hidden states and head have its dtype.
+        windows: what it runs over.
+        store: what is kept.
+        check_rows: rows of logits that are kept of each window with the hidden states.
+        logits_dtype: the logits' dtype, if it is known; else the model's is taken.
+
+    """
     itemsize: int = getattr(torch, facts.dtype).itemsize
+    logits_itemsize = itemsize if logits_dtype is None else logits_dtype.itemsize
     positions = windows.count * windows.size
     if store == "hidden":
         head = facts.vocab_size * facts.hidden_size * itemsize
-        checks = windows.count * check_rows * facts.vocab_size * itemsize
+        checks = windows.count * check_rows * facts.vocab_size * logits_itemsize
         matrix = head + checks + positions * facts.hidden_size * itemsize
     else:
-        matrix = positions * facts.vocab_size * (4 if store == "logprobs" else itemsize)
+        matrix = positions * facts.vocab_size * (4 if store == "logprobs" else logits_itemsize)
     return matrix + positions * 4 + _NEEDED_SLACK_BYTES
 
 

@@ -1,117 +1,71 @@
-"""What the hook says of the server that it is in: the handshake, and the head."""
+"""What the hook says of the server that it is in."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pytest_kld import __version__
+from pytest_kld.hook.head import HeadDescription, HeadPart
 from pytest_kld.hook.protocol import HANDSHAKE_FILE, PROTOCOL, write_json_whole
 from pytest_kld.servers.environment import numeric_environment
 
-_PLAIN_METHODS = {None, "UnquantizedEmbeddingMethod", "UnquantizedLinearMethod", "PackWeightMethod"}
-"""Quantization methods of a head that is a plain product."""
-_SERVER_ARGUMENTS = (
-    "model_path",
-    "served_model_name",
-    "revision",
-    "attention_backend",
-    "moe_runner_backend",
-    "kv_cache_dtype",
-    "quantization",
-    "chunked_prefill_size",
-    "speculative_algorithm",
-    "tp_size",
-    "pp_size",
-    "dp_size",
-    "enable_dp_attention",
-    "attn_dp_size",
-    "device",
-)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerDescription:
+    """Who answers. The seams of an engine read it from the engine's objects.
+
+    Attributes:
+        engine: the engine's name, e.g. `sglang`.
+        version: its version.
+        device: the device's name.
+        model_names: every name under which it serves its model: path, hub id, served name.
+        model_class: the architecture's name.
+        vocab_size: columns of the logits that are tokens; more are padding.
+        hidden_size: width of the last hidden state.
+        dtype: dtype of hidden states and logits, e.g. `bfloat16`.
+        quantization: the quantization method's name, or None.
+        head: what the head is.
+        head_ranks: how many ranks hold a part of the head.
+        head_part: returns this rank's part of a plain head; None if it holds none.
+        arguments: further settings for the manifest, plain values.
+        refusal: why captures of this server would be wrong, in one sentence; None if they are right.
+
+    """
+
+    engine: str
+    version: str
+    device: str
+    model_names: tuple[str, ...]
+    model_class: str
+    vocab_size: int
+    hidden_size: int
+    dtype: str
+    quantization: str | None
+    head: HeadDescription
+    head_ranks: int
+    head_part: Callable[[], HeadPart | None]
+    arguments: dict[str, Any]
+    refusal: str | None = None
 
 
-def rank_of(runner: Any) -> int:
-    """Return the tensor-parallel rank of a model runner's process."""
-    if hasattr(runner, "tp_rank"):
-        return int(runner.tp_rank)
-    from sglang.srt.runtime_context import get_parallel  # it moved there
-
-    return int(get_parallel().tp_rank)
-
-
-def write_handshake(run: Path, runner: Any, processor: Any, head: dict[str, Any]) -> None:
+def write_handshake(run: Path, description: ServerDescription) -> None:
     """Write who answers: versions, model, numerics, head, environment."""
-    from sglang.version import __version__ as sglang_version
-
-    config, arguments = runner.model_config, runner.server_args
-    quantization = getattr(config, "quantization", None)
+    fields = ServerDescription.__dataclass_fields__
+    told = {name: getattr(description, name) for name in fields if name not in ("head", "head_part")}
     write_json_whole(
         run / HANDSHAKE_FILE,
         {
+            **told,
             "protocol": PROTOCOL,
             "pytest_kld": __version__,
-            "sglang": sglang_version,
             "torch": str(torch.__version__),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else str(runner.device),
-            "model_class": type(runner.model).__name__,
-            "vocab_size": int(processor.config.vocab_size),
-            "hidden_size": int(config.hidden_size),
-            "dtype": str(config.dtype).removeprefix("torch."),
-            "quantization": None if quantization is None else str(quantization),
-            "head": head,
-            "dp_attention": runs_dp_attention(processor),
             "environment": numeric_environment(os.environ),
-            "arguments": {name: _plain(getattr(arguments, name, None)) for name in _SERVER_ARGUMENTS},
+            "head": asdict(description.head),
         },
     )
-
-
-def runs_dp_attention(processor: Any) -> bool | None:
-    """Tell whether the running processor's rows are of several attention groups, each with requests of its own.
-
-    It gathers the rows of all groups before the head (`do_tensor_parallel_all_gather_dp_attn`), or each group has a
-    head of its own (`use_attn_tp_group`). None if it says neither.
-    """
-    said = [getattr(processor, name, None) for name in ("do_tensor_parallel_all_gather_dp_attn", "use_attn_tp_group")]
-    return None if said == [None, None] else any(said)
-
-
-def describe_head(processor: Any, head: Any) -> dict[str, Any]:
-    """Tell whether the head is a plain product, and what is applied to it."""
-    method = getattr(head, "quant_method", None)
-    name = None if method is None else type(method).__name__
-    weight = getattr(head, "weight", None)
-    plain = name in _PLAIN_METHODS and isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
-    return {
-        "plain": bool(plain and weight is not None and weight.dtype.itemsize > 1),
-        "kind": f"{type(head).__name__}, {name or 'no quantization method'}",
-        "scale": getattr(processor, "logit_scale", None) or 1.0,
-        "softcap": getattr(processor, "final_logit_softcapping", None) or None,
-    }
-
-
-def head_part(head: Any, rank: int) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-    """Return this rank's rows of the head without padding, and which of the vocabulary they are.
-
-    A head that is not sharded is written by rank 0 alone.
-    """
-    shard = getattr(head, "shard_indices", None)
-    if shard is None:
-        if rank != 0:
-            return None, {}
-        start, stop = 0, int(head.weight.shape[0])
-    else:
-        start, stop = int(shard.org_vocab_start_index), int(shard.org_vocab_end_index)
-    tensors = {"weight": head.weight.detach()[: stop - start]}
-    bias = getattr(head, "bias", None)
-    if isinstance(bias, Tensor):
-        tensors["bias"] = bias.detach()[: stop - start]
-    return tensors, {"start": str(start), "stop": str(stop)}
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, str | int | float | bool) or value is None else str(value)

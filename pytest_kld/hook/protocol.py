@@ -37,7 +37,7 @@ def new_run() -> str:
 
 
 def request_id(run: str, window: int) -> str:
-    """Return the request id (SGLang's `rid`) of a window."""
+    """Return the request id of a window."""
     return f"pytest-kld:{run}:{window}"
 
 

@@ -1,9 +1,7 @@
 """What is kept of a forward pass.
 
-Over the blocks of one pass, request i of the batch owns max(ext[i] - lps[i], 1) consecutive rows, with
-ext = extend_seq_lens_cpu, lps = extend_logprob_start_lens_cpu and pre = extend_prefix_lens_cpu. They are rows of
-the text if ext > lps, and then start at position pre[i] + lps[i] of the request; else there is one row, computed
-only to sample a token. So a window is put together by position, however it was batched, split or chunked.
+The seams of an engine tell of a pass as plain values: which rows belong to which request, and which positions they are.
+So a window is put together by position, however it was batched, split or chunked.
 """
 
 from __future__ import annotations
@@ -11,16 +9,15 @@ from __future__ import annotations
 import json
 import traceback
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pytest_kld.hook.handshake import describe_head, head_part, rank_of, runs_dp_attention, write_handshake
+from pytest_kld.hook.handshake import ServerDescription, write_handshake
 from pytest_kld.hook.protocol import (
     REQUEST_FILE,
     CaptureRequest,
@@ -30,9 +27,14 @@ from pytest_kld.hook.protocol import (
     piece_file,
     write_whole,
 )
-from pytest_kld.hook.writer import HostCopy, Piece, Writer, copy_to_host
+from pytest_kld.hook.writer import Piece, Writer, copy_to_host
 
 _REMEMBERED_RUNS = 64
+
+
+Describe = Callable[[], ServerDescription]
+LogitsOf = Callable[[Tensor | slice], Tensor]
+"""Takes rows of a block, as indices or a slice, and returns their logits [rows, V]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,21 +42,34 @@ class Segment:
     """The rows of one request in one pass.
 
     Attributes:
-        run: the run that it belongs to, or None if the request is somebody else's.
-        window: the window.
+        request_id: the request's.
         first_row: its first row over all blocks of the pass.
         rows: how many it owns.
-        position: the first row's position in the window.
-        token_ids: [rows], on the host's way.
+        position: the first row's position in the request.
+        token_ids: [rows] that the model ran, on any device; None for rows that are no positions of the text, computed
+            only to sample a token.
 
     """
 
-    run: Run | None
-    window: int
+    request_id: str
     first_row: int
     rows: int
     position: int
     token_ids: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassDescription:
+    """A forward pass, as the seams read it from the engine's batch.
+
+    Attributes:
+        rank: this process among those that compute the same rows; rank 0 writes them.
+        segments: the rows of every request, ours or not, in their order.
+
+    """
+
+    rank: int
+    segments: Sequence[Segment]
 
 
 @dataclass(slots=True)
@@ -76,12 +91,11 @@ class Run:
 class Pass:
     """The forward pass that is going on, if one of its requests is ours."""
 
-    runner: Any
-    rank: int
-    segments: list[Segment]
+    runs: dict[str, Run]
+    rank: int = 0
+    segments: Sequence[Segment] = ()
     rows_seen: int = 0
     logits_begun: bool = False
-    runs: dict[str, Run] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -90,26 +104,41 @@ class Pass:
 
 
 class Recorder:
-    """Watches the forward passes of one SGLang process. Its methods never raise: a broken run is reported instead."""
+    """Watches the forward passes of one process. Its methods never raise: a broken run is reported instead.
+
+    A pass is told of in this order: `forward_pass` around it, `begin_logits`, `take_block` for each block of rows,
+    `end_logits`.
+    """
 
     def __init__(self, directory: str) -> None:
-        """Start the writer's thread when the first rows arrive, not here: SGLang forks."""
+        """Start the writer's thread when the first rows arrive, not here: engines fork."""
         self.current: Pass | None = None
         self._directory = Path(directory)
         self._runs: OrderedDict[str, Run] = OrderedDict()
         self._writer = Writer()
 
     @contextmanager
-    def forward_pass(self, runner: Any, forward_batch: Any) -> Iterator[None]:
-        """Bracket a forward pass of any model runner; only the main model's with requests of ours is watched."""
-        previous, self.current = self.current, self._begin(runner, forward_batch)
+    def forward_pass(self, request_ids: Sequence[object], describe: Callable[[], PassDescription]) -> Iterator[None]:
+        """Bracket a forward pass; only one with requests of ours is watched.
+
+        Args:
+            request_ids: of the batch; empty for a pass that must not be watched, such as a draft model's.
+            describe: called if one of them is ours. What it raises is reported to our runs.
+
+        """
+        previous, self.current = self.current, self._begin(request_ids, describe)
         try:
             yield
         finally:
             self.current = previous
 
-    def begin_logits(self, processor: Any, head: Any) -> None:
-        """Note the head, and greet runs that are seen for the first time."""
+    def begin_logits(self, describe: Describe) -> None:
+        """Greet runs that are seen for the first time.
+
+        Args:
+            describe: called if there are some.
+
+        """
         current = self.current
         if current is None:
             return
@@ -119,24 +148,29 @@ class Recorder:
             current.logits_begun = True
             for run in current.runs.values():
                 if not run.greeted:
-                    self._greet(run, current, processor, head)
+                    self._greet(run, current.rank, describe())
                     run.greeted = True
 
-    def take_block(self, hidden: Tensor, logits: Tensor) -> None:
-        """Keep what is wanted of a block of rows: hidden states [rows, H] and the logits [rows, V] made of them."""
+    def take_block(self, hidden: Tensor, logits_of: LogitsOf) -> None:
+        """Keep what is wanted of a block of rows.
+
+        Args:
+            hidden: [rows, H], what goes into the head.
+            logits_of: the engine's own logits of some of these rows. Every rank calls it alike, so that it may compute
+                them with the other ranks.
+
+        """
         current = self.current
         if current is None:
             return
         with self._reporting(current):
             first, count = current.rows_seen, int(hidden.shape[0])
             current.rows_seen += count
-            if current.rank != 0:
-                return
             for segment in current.segments:
                 start = max(segment.first_row, first)
                 stop = min(segment.first_row + segment.rows, first + count)
-                if segment.run is not None and start < stop:
-                    self._keep(segment, start, stop, hidden[start - first : stop - first], logits, start - first)
+                if segment.token_ids is not None and start < stop:
+                    self._take(current, segment, start, slice(start - first, stop - first), hidden, logits_of)
 
     def end_logits(self) -> None:
         """Check that the blocks added up to the batch."""
@@ -147,22 +181,14 @@ class Recorder:
             if current.rows_seen != current.rows:
                 raise RuntimeError(f"the batch has {current.rows} rows of logits and {current.rows_seen} were seen")
 
-    def _begin(self, runner: Any, batch: Any) -> Pass | None:
-        if runner.is_draft_worker or not getattr(batch, "rids", None) or not batch.forward_mode.is_extend():
+    def _begin(self, request_ids: Sequence[object], describe: Callable[[], PassDescription]) -> Pass | None:
+        names = [known[0] for known in map(parse_request_id, request_ids) if known is not None]
+        current = Pass({name: run for name in names if (run := self._run(name)) is not None})
+        if not current.runs:
             return None
-        ours = [parse_request_id(rid) for rid in batch.rids]
-        if not any(ours):
-            return None
-        current = Pass(runner, rank_of(runner), [])
         with self._reporting(current):
-            for known in ours:
-                if known is not None and (run := self._run(known[0])) is not None:
-                    current.runs[known[0]] = run
-            if not current.runs:
-                return None
-            if not batch.return_logprob:
-                raise RuntimeError("the request does not ask for log-probs (return_logprob), so most rows are not made")
-            current.segments = list(_segments(batch, ours, current.runs))
+            described = describe()
+            current.rank, current.segments = described.rank, described.segments
             for run in current.runs.values():
                 run.read()
             return current
@@ -176,32 +202,39 @@ class Recorder:
                 self._runs.popitem(last=False)
         return self._runs.get(name)
 
-    def _greet(self, run: Run, current: Pass, processor: Any, head: Any) -> None:
-        description = describe_head(processor, head)
-        if run.read().head and description["plain"]:
-            tensors, where = head_part(head, current.rank)
-            if tensors is not None:
-                copies = {name: copy_to_host(tensor) for name, tensor in tensors.items()}
-                self._writer.put(Piece(run.path / head_file(current.rank), copies, metadata=where))
-        if current.rank == 0 or runs_dp_attention(processor):  # then rank 0 may never see this request
-            write_handshake(run.path, current.runner, processor, description)
+    def _greet(self, run: Run, rank: int, description: ServerDescription) -> None:
+        if run.read().head and description.head.plain and (part := description.head_part()) is not None:
+            copies = {name: copy_to_host(tensor) for name, tensor in part.tensors.items()}
+            where = {"start": str(part.start), "stop": str(part.stop)}
+            self._writer.put(Piece(run.path / head_file(rank), copies, metadata=where))
+        if rank == 0 or description.refusal is not None:  # then rank 0 may never see this request
+            write_handshake(run.path, description)
 
-    def _keep(self, segment: Segment, start: int, stop: int, hidden: Tensor, logits: Tensor, offset: int) -> None:
-        assert segment.run is not None
-        assert segment.token_ids is not None
-        request, position = segment.run.read(), segment.position + start - segment.first_row
-        ids = segment.token_ids[start - segment.first_row : stop - segment.first_row]
-        tensors: dict[str, HostCopy] = {"token_ids": copy_to_host(ids)}
+    def _take(
+        self, current: Pass, segment: Segment, start: int, block: slice, hidden: Tensor, logits_of: LogitsOf
+    ) -> None:
+        """Keep what is wanted of the rows of a segment from `start` on; they are `block` of the block's rows."""
+        known = parse_request_id(segment.request_id)
+        run = None if known is None else current.runs.get(known[0])
+        if known is None or run is None or segment.token_ids is None:
+            return
+        request, offset, count = run.read(), start - segment.first_row, block.stop - block.start
+        position = segment.position + offset
+        rows = [row for row in request.rows if position <= row < position + count]
         if request.hidden:
-            tensors["hidden"] = copy_to_host(hidden)
-            rows = [row for row in request.rows if position <= row < position + stop - start]
-            tensors["rows"] = copy_to_host(torch.tensor(rows, dtype=torch.int32))
-            index = torch.tensor(rows, dtype=torch.int64, device=logits.device) - position + offset
-            tensors["logits"] = copy_to_host(logits[index])
+            logits = logits_of(torch.tensor(rows, dtype=torch.int64, device=hidden.device) - position + block.start)
         else:
-            tensors["logits"] = copy_to_host(logits[offset : offset + stop - start])
-        path = segment.run.path / piece_file(segment.window, position)
-        self._writer.put(Piece(path, tensors))
+            logits = logits_of(block)
+        if current.rank != 0:
+            return
+        tensors = {
+            "token_ids": copy_to_host(segment.token_ids[offset : offset + count]),
+            "logits": copy_to_host(logits),
+        }
+        if request.hidden:
+            tensors["hidden"] = copy_to_host(hidden[block])
+            tensors["rows"] = copy_to_host(torch.tensor(rows, dtype=torch.int32))
+        self._writer.put(Piece(run.path / piece_file(known[1], position), tensors))
 
     @contextmanager
     def _reporting(self, current: Pass) -> Iterator[None]:
@@ -212,27 +245,6 @@ class Recorder:
             self.current = None
             for run in current.runs.values():
                 _report(run.path / error_file(current.rank), traceback.format_exc())
-
-
-def _segments(batch: Any, ours: list[tuple[str, int] | None], runs: dict[str, Run]) -> Iterator[Segment]:
-    first_row = first_token = 0
-    lengths = zip(
-        batch.extend_seq_lens_cpu, batch.extend_logprob_start_lens_cpu, batch.extend_prefix_lens_cpu, strict=True
-    )
-    for known, (extend, start, prefix) in zip(ours, lengths, strict=True):
-        extend, start, prefix = int(extend), int(start), int(prefix)
-        rows = max(extend - start, 1)
-        run = runs.get(known[0]) if known is not None and extend > start else None
-        yield Segment(
-            run=run,
-            window=-1 if known is None else known[1],
-            first_row=first_row,
-            rows=rows,
-            position=prefix + start,
-            token_ids=None if run is None else batch.input_ids[first_token + start : first_token + extend],
-        )
-        first_row += rows
-        first_token += extend
 
 
 def _report(path: Path, text: str) -> None:

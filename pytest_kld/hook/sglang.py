@@ -1,25 +1,89 @@
-"""Where SGLang is hooked. These methods exist in every supported release, on the single-pass and the chunked path.
+"""SGLang's seams: where it is hooked, and how its objects are read. Nothing else in this package knows SGLang.
 
-`ModelRunner.forward` brackets a forward pass and has the request ids and `is_draft_worker`, the one signal that
-tells a draft model's passes (MTP, NextN, EAGLE, standalone) from the main model's: their requests carry the same ids.
-`LogitsProcessor.forward` has the head. `LogitsProcessor._get_logits` is called once per block of rows: what goes in
-are hidden states, what comes out are logits.
+Nothing of SGLang's is changed on disk if it has plugins (0.5.11 and newer: the entry point `sglang.srt.plugins`); older
+releases get one line by `pytest-kld patch`. Both call `install`.
+
+These methods exist in every supported release, on the single-pass and the chunked path. `ModelRunner.forward` brackets
+a forward pass and has the request ids and `is_draft_worker`, the one signal that tells a draft model's passes (MTP,
+NextN, EAGLE, standalone) from the main model's: their requests carry the same ids. `LogitsProcessor.forward` has the
+head. `LogitsProcessor._get_logits` is called once per block of rows: what goes in are hidden states, what comes out are
+logits.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
+from pytest_kld.errors import PatchError
+from pytest_kld.hook import put_in
+from pytest_kld.hook.options import read_options
+from pytest_kld.hook.patching import Installation, State
+
 if TYPE_CHECKING:
-    from pytest_kld.hook.recorder import Recorder
+    from pytest_kld.hook.handshake import ServerDescription
+    from pytest_kld.hook.recorder import PassDescription, Recorder, Segment
 
+PACKAGES = ("sglang", "torch", "transformers", "sgl-kernel", "flashinfer-python")
+"""The packages whose versions determine a capture's bits."""
 _MARK = "_pytest_kld_hooked"
+_ARGUMENTS = (
+    "revision",
+    "attention_backend",
+    "moe_runner_backend",
+    "kv_cache_dtype",
+    "quantization",
+    "chunked_prefill_size",
+    "speculative_algorithm",
+    "tp_size",
+    "pp_size",
+    "dp_size",
+    "enable_dp_attention",
+    "attn_dp_size",
+    "device",
+)
+"""What of the server's arguments the handshake tells."""
+_DP_ATTENTION = (
+    "it runs data-parallel attention, so the head's input holds rows of other ranks' requests. Start it with --tp "
+    "alone, or with --dp-size without it"
+)
 
 
-def install(recorder: Recorder) -> None:
-    """Wrap the methods. Calling it again changes nothing.
+def install() -> None:
+    """Put the hook in. SGLang calls this in each of its processes; it never raises, and again it changes nothing."""
+    put_in(_hook)
+
+
+def why_not_hooked() -> str | None:
+    """Return why the SGLang that is installed would not call `install`, and what to do; None if it would."""
+    try:
+        found = Installation.find()
+    except PatchError as error:
+        return str(error)
+    what, state = f"SGLang {found.release} in {found.root}", found.state()
+    if state is State.NOTHING_TO_PATCH:
+        if any(point.name == "pytest_kld" for point in entry_points(group="sglang.srt.plugins")):
+            return None
+        return "pytest-kld is importable where SGLang runs and not installed: `pip install pytest-kld` there"
+    if state is State.NOT_PATCHED:
+        return f"{what} has no plugins and is not patched: run `pytest-kld patch --apply` there."
+    if state is State.MODIFIED:
+        return f"{what} has no plugins and cannot be patched: {found.target} {state.value}."
+    return None
+
+
+def options() -> dict[str, tuple[str, str]] | None:
+    """Return the flags of the release that is installed; None if they cannot be read. See `hook.options`."""
+    try:
+        return read_options(Installation.find().root)
+    except PatchError:
+        return None
+
+
+def _hook(recorder: Recorder) -> None:
+    """Wrap the methods.
 
     Raises:
         AttributeError: this release of SGLang lacks one of them.
@@ -29,8 +93,9 @@ def install(recorder: Recorder) -> None:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
-    _wrap(ModelRunner, "forward", _model_forward(recorder))
-    _wrap(LogitsProcessor, "forward", _logits_forward(recorder))
+    runners: list[Any] = []
+    _wrap(ModelRunner, "forward", _model_forward(recorder, runners))
+    _wrap(LogitsProcessor, "forward", _logits_forward(recorder, runners))
     _wrap(LogitsProcessor, "_get_logits", _get_logits(recorder))
     if "rids" not in ForwardBatch.__dataclass_fields__:  # before 0.5.10
         _attach_request_ids(ForwardBatch)
@@ -64,19 +129,27 @@ def _attach_request_ids(forward_batch: type) -> None:
     forward_batch.init_new = classmethod(init_new)  # type: ignore[attr-defined]
 
 
-def _model_forward(recorder: Recorder) -> Callable[..., Any]:
+def _model_forward(recorder: Recorder, runners: list[Any]) -> Callable[..., Any]:
+    """Keep the runner whose pass is going on as the last of `runners`."""
+
     def around(original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        with recorder.forward_pass(runner, forward_batch):
-            return original(runner, forward_batch, *args, **kwargs)
+        ids = _request_ids(runner, forward_batch)
+        with recorder.forward_pass(ids, lambda: _describe_pass(runner, forward_batch)):
+            runners.append(runner)
+            try:
+                return original(runner, forward_batch, *args, **kwargs)
+            finally:
+                runners.pop()
 
     return around
 
 
-def _logits_forward(recorder: Recorder) -> Callable[..., Any]:
+def _logits_forward(recorder: Recorder, runners: list[Any]) -> Callable[..., Any]:
     def around(original: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> Any:
         if recorder.current is None:  # the usual case, and nothing more is done in it
             return original(processor, *args, **kwargs)
-        recorder.begin_logits(processor, _argument("lm_head", 2, args, kwargs))
+        head = _argument("lm_head", 2, args, kwargs)
+        recorder.begin_logits(lambda: _describe_server(runners[-1], processor, head))
         output = original(processor, *args, **kwargs)
         recorder.end_logits()
         return output
@@ -88,7 +161,7 @@ def _get_logits(recorder: Recorder) -> Callable[..., Any]:
     def around(original: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> Any:
         logits = original(processor, *args, **kwargs)
         if recorder.current is not None:
-            recorder.take_block(_argument("hidden_states", 0, args, kwargs), logits)
+            recorder.take_block(_argument("hidden_states", 0, args, kwargs), lambda rows: logits[rows])
         return logits
 
     return around
@@ -97,3 +170,101 @@ def _get_logits(recorder: Recorder) -> Callable[..., Any]:
 def _argument(name: str, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return an argument of a method, whichever way its caller passed it."""
     return kwargs[name] if name in kwargs else args[position]
+
+
+def _request_ids(runner: Any, batch: Any) -> Sequence[object]:
+    """Return the request ids of a prefill of the main model; nothing for other passes."""
+    if runner.is_draft_worker or not batch.forward_mode.is_extend():
+        return ()
+    return getattr(batch, "rids", None) or ()
+
+
+def _describe_pass(runner: Any, batch: Any) -> PassDescription:
+    from pytest_kld.hook.recorder import PassDescription
+
+    if not batch.return_logprob:
+        raise RuntimeError("the request does not ask for log-probs (return_logprob), so most rows are not made")
+    return PassDescription(rank=_rank(runner), segments=list(_segments(batch)))
+
+
+def _segments(batch: Any) -> Iterator[Segment]:
+    """Tell which rows are whose.
+
+    Over the blocks of one pass, request i of the batch owns max(ext[i] - lps[i], 1) consecutive rows, with
+    ext = extend_seq_lens_cpu, lps = extend_logprob_start_lens_cpu and pre = extend_prefix_lens_cpu. They are rows of
+    the text if ext > lps, and then start at position pre[i] + lps[i] of the request; else there is one row, computed
+    only to sample a token.
+    """
+    from pytest_kld.hook.recorder import Segment
+
+    first_row = first_token = 0
+    lengths = zip(
+        batch.extend_seq_lens_cpu, batch.extend_logprob_start_lens_cpu, batch.extend_prefix_lens_cpu, strict=True
+    )
+    for rid, (extend, start, prefix) in zip(batch.rids, lengths, strict=True):
+        extend, start, prefix = int(extend), int(start), int(prefix)
+        rows = max(extend - start, 1)
+        yield Segment(
+            request_id=rid,
+            first_row=first_row,
+            rows=rows,
+            position=prefix + start,
+            token_ids=batch.input_ids[first_token + start : first_token + extend] if extend > start else None,
+        )
+        first_row += rows
+        first_token += extend
+
+
+def _rank(runner: Any) -> int:
+    """Return the tensor-parallel rank of a model runner's process."""
+    if hasattr(runner, "tp_rank"):
+        return int(runner.tp_rank)
+    from sglang.srt.runtime_context import get_parallel  # it moved there
+
+    return int(get_parallel().tp_rank)
+
+
+def _describe_server(runner: Any, processor: Any, head: Any) -> ServerDescription:
+    import torch
+    from sglang.version import __version__ as version
+
+    from pytest_kld.hook.handshake import ServerDescription
+    from pytest_kld.hook.head import describe_head, head_part
+
+    config, arguments = runner.model_config, runner.server_args
+    quantization = getattr(config, "quantization", None)
+    return ServerDescription(
+        engine="sglang",
+        version=version,
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else str(runner.device),
+        model_names=tuple(sorted({str(arguments.model_path), str(arguments.served_model_name)})),
+        model_class=type(runner.model).__name__,
+        vocab_size=int(processor.config.vocab_size),
+        hidden_size=int(config.hidden_size),
+        dtype=str(config.dtype).removeprefix("torch."),
+        quantization=None if quantization is None else str(quantization),
+        head=describe_head(
+            head,
+            scale=getattr(processor, "logit_scale", None),
+            softcap=getattr(processor, "final_logit_softcapping", None),
+        ),
+        head_ranks=int(arguments.tp_size or 1),
+        head_part=lambda: head_part(head, _rank(runner)),
+        arguments={name: _plain(getattr(arguments, name, None)) for name in _ARGUMENTS},
+        refusal=_DP_ATTENTION if runs_dp_attention(arguments, processor) else None,
+    )
+
+
+def runs_dp_attention(arguments: Any, processor: Any) -> bool:
+    """Tell whether the running processor's rows are of several attention groups, each with requests of its own.
+
+    It gathers the rows of all groups before the head (`do_tensor_parallel_all_gather_dp_attn`), or each group has a
+    head of its own (`use_attn_tp_group`). The server's arguments may say so too.
+    """
+    names = ("do_tensor_parallel_all_gather_dp_attn", "use_attn_tp_group")
+    asked = getattr(arguments, "enable_dp_attention", False) or (getattr(arguments, "attn_dp_size", None) or 1) > 1
+    return bool(asked) or any(getattr(processor, name, None) for name in names)
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | bool) or value is None else str(value)

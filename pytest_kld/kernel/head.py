@@ -146,7 +146,9 @@ class HeadCheck:
 def check_head(head: Head, hidden: Tensor, engine_logits: Tensor) -> HeadCheck:
     """Recompute rows and hold them against the engine's own logits.
 
-    The engine rounds its product, and each step after it, to its dtype: up to 2 ε |z| for a logit z. Adding
+    The engine rounds its product, and each step after it, to its dtype: up to 2 ε |z| for a logit z. That is the dtype
+    of hidden states or weight, though the logits may come out wider: a softcap is often applied in float32 to a product
+    in bfloat16. It never widens an error, as its slope is at most 1, and z sech²(z / c) at most its result. Adding
     H products up costs it at most about ε ‖h‖ ‖w‖ / √H more when partial sums are rounded to that dtype, and
     4 √H ε₃₂ ‖h‖ ‖w‖ / √H when they are float32. A sum of these is what each logit may differ by; a quantized,
     LoRA-wrapped or otherwise different head is off by more.
@@ -154,7 +156,7 @@ def check_head(head: Head, hidden: Tensor, engine_logits: Tensor) -> HeadCheck:
     Args:
         head: what is to be proved.
         hidden: [K, H].
-        engine_logits: [K, V] of the same rows, in the engine's dtype.
+        engine_logits: [K, V] of the same rows, in the engine's dtype or a wider one.
 
     """
     dtype = str(engine_logits.dtype).removeprefix("torch.")
@@ -166,7 +168,7 @@ def check_head(head: Head, hidden: Tensor, engine_logits: Tensor) -> HeadCheck:
     hidden, engine_logits = hidden[finite], engine_logits[finite]
     exact = head.logits(hidden)
     width = math.sqrt(hidden.shape[1])
-    eps = torch.finfo(engine_logits.dtype).eps
+    eps = max(torch.finfo(tensor.dtype).eps for tensor in (hidden, head.weight, engine_logits))
     norms = hidden.to(exact.dtype).norm(dim=-1)[:, None] * torch.linalg.vector_norm(
         head.weight, dim=-1, dtype=exact.dtype
     )

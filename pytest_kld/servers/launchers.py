@@ -6,12 +6,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from pytest_kld.plain import secret_digest
+
 _CONTAINERS = ("docker", "podman", "nerdctl")
 _SRUN = "srun"
+_VARIABLE = re.compile(r"(--env=|-e)?([A-Za-z_]\w*)=(.*)", flags=re.DOTALL)
+"""A variable that a container is given with its value."""
 _HOST_NETWORKS = ("--network=host", "--net=host")
 
 
@@ -61,6 +66,15 @@ def inherited(command: Sequence[str], environment: Mapping[str, str]) -> dict[st
     named = {word.partition("=")[2] for word in command if word.startswith("--env=")}
     named |= {word for before, word in pairwise(command) if before in ("-e", "--env")}
     return {name: environment[name] for name in named if name in environment}
+
+
+def command_in_key(command: Sequence[str]) -> list[str]:
+    """Return the words of a command that starts a server, for the cache key; of a secret among them a digest."""
+
+    def digested(found: re.Match[str]) -> str:
+        return f"{found[1] or ''}{found[2]}={secret_digest(found[2], found[3])}"
+
+    return [_VARIABLE.sub(digested, word) for word in command]
 
 
 def kill_command(command: Sequence[str]) -> list[str]:

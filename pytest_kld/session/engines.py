@@ -39,24 +39,24 @@ def make_engine(name: str, config: KLDConfig, progress: Progress) -> Engine:
         from pytest_kld.engines.transformers import TransformersEngine
 
         return TransformersEngine(dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code)
-    from pytest_kld.engines.sglang.engine import SGLangEngine
-    from pytest_kld.engines.sglang.pool import ServerPool, default_command
+    from pytest_kld.engines.registry import served_kind
+    from pytest_kld.engines.served.engine import ServedEngine
+    from pytest_kld.engines.served.kind import Settings
+    from pytest_kld.engines.served.pool import ServerPool, default_command
 
+    kind = served_kind(name)
     capture_dir = config.capture_dir or config.cache_dir / "spool"
     servers = ServerPool(
-        command=config.sglang_command or default_command(),
+        kind=kind,
+        command=config.sglang_command or default_command(kind),
         capture_dir=capture_dir,
         log_dir=config.cache_dir / "logs",
         startup_timeout=config.startup_timeout,
-        dtype=config.dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
+        settings=Settings(dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code),
         progress=progress,
     )
-    return SGLangEngine(
+    return ServedEngine(
         servers=servers,
         capture_dir=capture_dir,
         api_key=os.environ.get(config.api_key_env) if config.api_key_env else None,
-        dtype=config.dtype,
-        trust_remote_code=config.trust_remote_code,
     )

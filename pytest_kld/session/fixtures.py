@@ -16,7 +16,7 @@ from pytest_kld.session.config import CONFIG, KLDConfig
 
 if TYPE_CHECKING:  # imported by the fixtures that need them: a session without a gate does not pay for them
     from pytest_kld.captures.capture import Capture
-    from pytest_kld.engines.sglang.pool import ServerHandle
+    from pytest_kld.engines.served.pool import ServerHandle
     from pytest_kld.figures.scores import Scores
     from pytest_kld.session.kld import KLD
     from pytest_kld.session.measurement import Measurement

@@ -10,7 +10,7 @@ from pytest_kld.captures.cache import Cache, format_bytes
 from pytest_kld.captures.library import CaptureLibrary, say_set_aside
 from pytest_kld.captures.recording import require_fits
 from pytest_kld.captures.sweep import sweep
-from pytest_kld.engines.sglang.engine import SGLangEngine
+from pytest_kld.engines.served.engine import ServedEngine
 from pytest_kld.errors import DamagedScoresError, ModelError, ServerError
 from pytest_kld.figures.compare import compare, scores_key
 from pytest_kld.figures.schedule import rounds_of
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from pytest_kld.captures.capture import Capture
     from pytest_kld.engines import Engine
-    from pytest_kld.engines.sglang.pool import ServerHandle
+    from pytest_kld.engines.served.pool import ServerHandle
     from pytest_kld.progress import Progress
     from pytest_kld.session.config import KLDConfig
     from pytest_kld.subjects.subject import Subject
@@ -162,7 +162,7 @@ class Measurement:
 
         """
         engine = self.engine(subject.engine)
-        if not isinstance(engine, SGLangEngine):
+        if not isinstance(engine, ServedEngine):
             raise ServerError("kld_server needs SGLang: install it, or give --kld-engine=sglang")
         if "url" in subject.arguments:
             raise ServerError(f"{subject.name} is served at {subject.arguments['url']}; kld_server boots servers")

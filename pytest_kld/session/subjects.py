@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from pytest_kld.engines.sglang.arguments import axis_flags
+from pytest_kld.engines.registry import served_kind
 from pytest_kld.errors import ModelError
 from pytest_kld.session.config import CONFIG
 from pytest_kld.session.engines import pick_engine
@@ -77,9 +77,8 @@ def with_axes(subject: Subject, axes: Mapping[str, str]) -> Subject:
     added = replace(subject, axes={**subject.axes, **axes})
     if subject.engine in ("", "transformers"):
         return added
-    return replace(
-        added, arguments={**subject.arguments, "args": [*subject.arguments.get("args", ()), *axis_flags(axes)]}
-    )
+    flags = [*subject.arguments.get("args", ()), *served_kind(subject.engine).axis_flags(axes)]
+    return replace(added, arguments={**subject.arguments, "args": flags})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,12 +17,12 @@ import pytest
 import torch
 from conftest import TINY
 from recorded import load, own_logits, record, transformers_subject
-from transformers import Qwen3Config
+from transformers import Gemma2Config, Qwen3Config
 
 from pytest_kld.captures.capture import Capture
 from pytest_kld.captures.recording import capture_bytes, require_fits
 from pytest_kld.engines.transformers import TransformersEngine
-from pytest_kld.errors import KLDError, ModelError
+from pytest_kld.errors import CacheError, KLDError, ModelError
 from pytest_kld.figures.compare import compare
 from pytest_kld.progress import Silent
 
@@ -139,6 +139,72 @@ def test_a_capture_takes_the_bytes_that_were_announced(
         name: {"bytes": (capture.path / name).stat().st_size, "sha256": entry["sha256"]}
         for name, entry in capture.manifest["files"].items()
     }
+
+
+def softcap_in_float32(network: Any) -> Any:
+    """Let Gemma 2 end as SGLang does: a product in bfloat16, its softcap in float32."""
+    cap = network.config.final_logit_softcapping
+
+    def widen(_module: Any, _args: Any, output: Any) -> Any:
+        output.logits = cap * torch.tanh(output.logits.float() / cap)
+        return output
+
+    def announce(*_: Any) -> None:
+        network.config.final_logit_softcapping = None  # transformers leaves the product alone
+
+    def restore(_module: Any, _args: Any, output: Any) -> Any:
+        network.config.final_logit_softcapping = cap
+        return output
+
+    network.register_forward_pre_hook(announce)
+    network.register_forward_hook(widen)
+    network.register_forward_hook(restore)
+    return network
+
+
+def test_a_softcap_in_float32_on_a_product_in_bfloat16_keeps_hidden_states(
+    make_model: MakeModel, windows: Windows, tmp_path: Path
+) -> None:
+    model = make_model("gemma2", Gemma2Config(**TINY, final_logit_softcapping=5.0))
+    capture = record(model, windows, tmp_path, dtype="bfloat16", alter=softcap_in_float32)
+    assert capture.manifest["store_reason"] == "check rows agree with the head"
+    assert capture.store == "hidden"
+    assert capture.manifest["transforms"] == {"scale": 1.0, "softcap": 5.0}
+    assert 0 < capture.manifest["checks"]["worst"] <= 1
+
+
+def test_a_head_that_is_not_linear_is_refused_under_a_softcap_in_float32(
+    make_model: MakeModel, windows: Windows, tmp_path: Path
+) -> None:
+    def int8(network: Any) -> Any:
+        """Run the head on a weight of 8 bits, as a quantized head does, and show the other one."""
+        weight = network.lm_head.weight.detach().float()
+        step = weight.abs().amax(-1, keepdim=True) / 127
+        coarse = ((weight / step).round() * step).bfloat16()
+        network.lm_head.register_forward_hook(lambda _module, args, _output: args[0] @ coarse.T)
+        return softcap_in_float32(network)
+
+    model = make_model("gemma2", Gemma2Config(**TINY, final_logit_softcapping=5.0))
+    facts = TransformersEngine(dtype="bfloat16").facts(transformers_subject(model))
+    capture = record(model, windows, tmp_path, dtype="bfloat16", alter=int8)
+    assert capture.store == "logits"
+    assert "its head is not linear" in capture.manifest["store_reason"]
+    used = sum(path.stat().st_size for path in capture.path.rglob("*") if path.is_file())
+    assert 0 <= capture_bytes(facts, windows, "logits", 2, torch.float32) - used <= 1 << 20
+    assert used > capture_bytes(facts, windows, "logits", 2) - (1 << 20)
+
+
+def test_a_disk_that_is_too_small_for_float32_logits_is_an_error_before_they_are_written(
+    make_model: MakeModel, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("gemma2", Gemma2Config(**TINY, final_logit_softcapping=5.0))
+    facts = TransformersEngine(dtype="bfloat16").facts(transformers_subject(model))
+    narrow = capture_bytes(facts, windows, "logits", 2)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=narrow + 1000))
+    with pytest.raises(CacheError, match="store logits"):
+        record(model, windows, tmp_path, store="logits", dtype="bfloat16", alter=softcap_in_float32)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_file_size_limit_is_an_error_as_a_full_disk_is(reference_dir: Path, tmp_path: Path) -> None:

@@ -22,12 +22,17 @@ import requests
 import torch
 from conftest import TINY, MakeModel
 from sglang_cpu.environment import SGLangEnvironment, variables
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen3Config
 
+from pytest_kld.captures.cache import Cache
+from pytest_kld.captures.capture import Capture
+from pytest_kld.captures.recording import Recording
 from pytest_kld.engines import Prefill
-from pytest_kld.engines.sglang.client import ServedModel
-from pytest_kld.engines.sglang.engine import SGLangEngine
-from pytest_kld.engines.sglang.pool import ServerPool
+from pytest_kld.engines.served.client import ServedModel
+from pytest_kld.engines.served.engine import ServedEngine
+from pytest_kld.engines.served.kind import Settings
+from pytest_kld.engines.served.pool import ServerPool
+from pytest_kld.engines.sglang.kind import KIND
 from pytest_kld.errors import CaptureError, ServerError
 from pytest_kld.hook.protocol import CaptureRequest, new_run, request_id, write_json_whole
 from pytest_kld.kernel.head import check_head
@@ -49,7 +54,7 @@ Boot = Callable[..., "Served"]
 class Served:
     """A booted server with the engine that booted it."""
 
-    def __init__(self, engine: SGLangEngine, subject: Subject) -> None:
+    def __init__(self, engine: ServedEngine, subject: Subject) -> None:
         self.engine, self.subject = engine, subject
         self.handle = engine.servers.get(subject.spec, subject.arguments["args"], subject.environment)
 
@@ -80,19 +85,16 @@ def booting(environment: SGLangEnvironment, directory: Path) -> Iterator[Boot]:
 
     def boot(model: Path, *flags: str, **env: str) -> Served:
         pool = ServerPool(
+            kind=KIND,
             command=(str(environment.python), "-m", "sglang.launch_server"),
             capture_dir=directory / "spool",
             log_dir=directory / "logs",
             startup_timeout=600,
-            dtype="auto",
-            device="cpu",
-            trust_remote_code=False,
+            settings=Settings(device="cpu"),
             progress=Silent(),
         )
         pools.append(pool)
-        engine = SGLangEngine(
-            servers=pool, capture_dir=directory / "spool", api_key=None, dtype="auto", trust_remote_code=False
-        )
+        engine = ServedEngine(servers=pool, capture_dir=directory / "spool", api_key=None)
         subject = Subject(
             name=str(model),
             model=ModelSpec.parse(str(model), Path()),
@@ -163,7 +165,7 @@ def test_hidden_states_and_head_are_what_the_logits_are_made_of(
         assert torch.equal(head.logits(prefill.hidden[ROWS], "native"), prefill.logits)
     assert facts.vocab_size == TINY["vocab_size"]
     assert facts.model_class == "LlamaForCausalLM"
-    assert handshake["sglang"] == "0.5.23"
+    assert handshake["version"] == "0.5.23"
 
 
 def test_all_logits_are_those_that_hidden_states_give(served: Served, captured: list[Prefill], text: Windows) -> None:
@@ -309,6 +311,26 @@ def test_two_ranks_write_one_capture(boot: Boot, make_model: MakeModel, text: Wi
         assert prefill.hidden is not None
         assert prefill.logits.shape == (2, 1025)
         assert torch.equal(head.logits(prefill.hidden[ROWS], "native"), prefill.logits)
+
+
+def test_a_softcap_in_float32_keeps_hidden_states(
+    boot: Boot, make_model: MakeModel, text: Windows, tmp_path: Path
+) -> None:
+    """SGLang applies Gemma's softcap in float32 to a product in bfloat16."""
+    config = Gemma2Config(**TINY, final_logit_softcapping=5.0, attn_logit_softcapping=None)
+    served = boot(make_model("gemma2", config))
+    assert {prefill.logits.dtype for prefill in served.capture(text)} == {torch.float32}
+    recording = Recording(
+        engine=served.engine, subject=served.subject, windows=text, store="auto", key={"model": "gemma2"}
+    )
+    cache = Cache(tmp_path / "cache")
+    entry = cache.capture_entry(recording.key)
+    recording.run(cache, entry, Silent())
+    capture = Capture.open(entry, text)
+    assert capture.manifest["store_reason"] == "check rows agree with the head"
+    assert capture.store == "hidden"
+    assert capture.manifest["transforms"] == {"scale": 1.0, "softcap": 5.0}
+    assert 0 < capture.manifest["checks"]["worst"] <= 1
 
 
 def test_a_draft_model_never_reaches_a_capture(boot: Boot, make_model: MakeModel, text: Windows) -> None:

@@ -55,7 +55,7 @@ def served(
             SGLANG_LOGITS_PROCESSER_CHUNK_SIZE=str(LOGITS_CHUNK),
         )
         with served.connected() as loaded:
-            assert loaded.handshake["sglang"] == request.param
+            assert loaded.handshake["version"] == request.param
         yield served
 
 

@@ -16,9 +16,10 @@ import pytest
 import torch
 from sglang_cpu.releases import unpack
 
-from pytest_kld.engines.sglang.client import ServedModel
+from pytest_kld.engines.served.client import ServedModel
+from pytest_kld.engines.sglang.kind import KIND
 from pytest_kld.errors import ServerError
-from pytest_kld.hook.handshake import runs_dp_attention
+from pytest_kld.hook import sglang
 from pytest_kld.hook.protocol import (
     HANDSHAKE_FILE,
     REQUEST_FILE,
@@ -47,7 +48,7 @@ def greet(directory: Path, rank: int, processor: Any, monkeypatch: pytest.Monkey
     run = directory / new_run()
     run.mkdir()
     write_json_whole(run / REQUEST_FILE, CaptureRequest(hidden=True).to_json())
-    arguments = SimpleNamespace(model_path="org/model", served_model_name="org/model")
+    arguments = SimpleNamespace(model_path="org/model", served_model_name="org/model", tp_size=2)
     config = SimpleNamespace(hidden_size=4, dtype=torch.bfloat16, quantization=None)
     runner = SimpleNamespace(
         **{"tp_rank": rank, "is_draft_worker": False, "model": torch.nn.Identity(), "device": "cpu"},
@@ -59,8 +60,9 @@ def greet(directory: Path, rank: int, processor: Any, monkeypatch: pytest.Monkey
         forward_mode=SimpleNamespace(is_extend=lambda: True),
     )
     recorder = Recorder(str(directory))
-    with recorder.forward_pass(runner, batch):
-        recorder.begin_logits(processor, torch.nn.Linear(4, 7))
+    ids = sglang._request_ids(runner, batch)
+    with recorder.forward_pass(ids, lambda: sglang._describe_pass(runner, batch)):
+        recorder.begin_logits(lambda: sglang._describe_server(runner, processor, torch.nn.Linear(4, 7)))
     assert not list(run.glob("error-*"))
     return run / HANDSHAKE_FILE
 
@@ -68,8 +70,8 @@ def greet(directory: Path, rank: int, processor: Any, monkeypatch: pytest.Monkey
 def served(handshake: Path, directory: Path) -> ServedModel:
     told = json.loads(handshake.read_text())
     return ServedModel(
-        **{"url": "http://node7:30000", "label": "org/model", "handshake": told, "capture_dir": directory},
-        **{"api_key": None, "pool": None, "server": None},
+        **{"kind": KIND, "url": "http://node7:30000", "label": "org/model", "handshake": told},
+        **{"capture_dir": directory, "api_key": None, "pool": None, "server": None},
     )
 
 
@@ -79,7 +81,7 @@ def test_whichever_group_gets_the_request_answers_and_is_refused(
     rank: int, gathers: bool, own_head: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handshake = greet(tmp_path, rank, processor(gathers, own_head), monkeypatch)
-    with pytest.raises(ServerError, match="runs data-parallel attention, which cannot be captured"):
+    with pytest.raises(ServerError, match="cannot be captured: it runs data-parallel attention"):
         served(handshake, tmp_path)._check_handshake(ModelSpec(name="org/model"))
 
 
@@ -90,8 +92,11 @@ def test_without_it_only_the_first_rank_answers_and_is_taken(tmp_path: Path, mon
     )
 
 
-def test_a_processor_that_says_nothing_is_unknown() -> None:
-    assert runs_dp_attention(SimpleNamespace()) is None
+@pytest.mark.parametrize(
+    ("arguments", "runs"), [({}, False), ({"attn_dp_size": 1}, False), ({"attn_dp_size": 2}, True)]
+)
+def test_a_processor_that_says_nothing_leaves_it_to_the_arguments(arguments: dict[str, int], runs: bool) -> None:
+    assert sglang.runs_dp_attention(SimpleNamespace(**arguments), SimpleNamespace()) is runs
 
 
 @pytest.mark.parametrize("release", ["0.5.9", "0.5.15.post1", "0.5.23"])

@@ -99,7 +99,7 @@ def test_changes_elsewhere_in_the_file_are_kept(packages: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        (b"    pytest_kld.hook.install()\n", b"    pytest_kld.hook.install()  # mine\n"),
+        (b"    pytest_kld.hook.sglang.install()\n", b"    pytest_kld.hook.install()  # mine\n"),
         (b"    def get(self, rank: int):", b"    def get(self, rank):"),
         (b"\n", b"\r\n"),
     ],
@@ -194,7 +194,7 @@ def test_a_patch_of_another_shape_is_refused() -> None:
 def test_the_hook_says_before_a_boot_how_to_patch(packages: Path) -> None:
     def told() -> dict[str, object]:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(packages)))}
-        question = [sys.executable, "-m", "pytest_kld.hook"]
+        question = [sys.executable, "-m", "pytest_kld.hook", "pytest_kld.hook.sglang"]
         answer: dict[str, object] = json.loads(subprocess.check_output(question, env=environment, text=True))
         return answer
 

@@ -244,6 +244,24 @@ def test_padding_is_trimmed_with_its_bias() -> None:
     assert head.logits(torch.randn(3, 4)).shape == (3, 7)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("alter", [None, "softcap", "permute", "int8"])
+def test_a_softcap_in_float32_on_a_product_in_16_bits_is_faithful_and_another_head_is_not(
+    dtype: torch.dtype, alter: str | None
+) -> None:
+    torch.manual_seed(0)
+    weight, hidden = torch.randn(1024, 64).to(dtype) * 0.4, torch.randn(4, 64).to(dtype)
+    head, step = Head(weight=weight, softcap=5.0), weight.double().abs().amax(-1, keepdim=True) / 127
+    product = (hidden.double() @ weight.double().T).to(dtype)
+    if alter == "permute":
+        product = product.roll(1, -1)
+    elif alter == "int8":
+        product = (hidden.double() @ ((weight.double() / step).round() * step).T).to(dtype)
+    cap = 4.5 if alter == "softcap" else 5.0
+    engine = cap * torch.tanh(product.float() / cap)
+    assert check_head(head, hidden, engine).faithful is (alter is None)
+
+
 @pytest.mark.parametrize("error", [TypeError, RuntimeError, NotImplementedError])
 def test_a_device_without_a_mixed_product_gets_the_same_logits_in_tiles(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch

@@ -16,10 +16,10 @@ import psutil
 import pytest
 from scripted_sglang import COMMAND, make_pool, started
 
-from pytest_kld.engines.sglang.arguments import command_in_key, parse_command
-from pytest_kld.engines.sglang.engine import SGLangEngine
-from pytest_kld.engines.sglang.pool import ServerPool
-from pytest_kld.servers.launchers import inherited
+from pytest_kld.engines.served.engine import ServedEngine
+from pytest_kld.engines.served.pool import ServerPool
+from pytest_kld.engines.sglang.arguments import parse_command
+from pytest_kld.servers.launchers import command_in_key, inherited
 from pytest_kld.subjects.model import ModelSpec
 from pytest_kld.subjects.subject import Subject
 
@@ -105,7 +105,7 @@ def test_the_key_holds_what_reaches_a_container(
     monkeypatch.setenv("SGLANG_INHERITED", "1")
 
     def environment(pool: ServerPool) -> dict[str, str]:
-        engine = SGLangEngine(servers=pool, capture_dir=tmp_path, api_key=None, dtype="auto", trust_remote_code=False)
+        engine = ServedEngine(servers=pool, capture_dir=tmp_path, api_key=None)
         subject = Subject(name="org/model", model=MODEL, environment={"SGLANG_GIVEN": "2"})
         told: dict[str, str] = engine.fingerprint(subject)["environment"]
         return told

@@ -1,1 +1,1 @@
-"""The engine of the mission: real SGLang servers. What runs inside them is `pytest_kld.hook`."""
+"""Real SGLang servers: their flags, requests and faults. What runs inside them is `pytest_kld.hook.sglang`."""

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pytest_kld.errors import ServerError
-from pytest_kld.plain import secret_digest
 from pytest_kld.servers.launchers import check_launcher
 from pytest_kld.subjects.subject import MOE_BACKEND
 
-Options = Mapping[str, Sequence[str]]
-"""A release's flags: each one's first spelling and the field that it sets; see `pytest_kld.hook.options`."""
+if TYPE_CHECKING:
+    from pytest_kld.engines.served.kind import Options
 
 _OURS = {
     "--model-path": "the model is named with --kld-ref and --kld-candidate",
@@ -96,8 +95,6 @@ memory and scheduling (`--mem-fraction-static`, `--max-total-tokens`, `--max-run
 `--disable-radix-cache`, `--schedule-policy`, `--chunked-prefill-size`), since SGLang derives graph sizes, chunks and
 backends from them; `--trust-remote-code`, since it decides which code is the model.
 """
-_VARIABLE = re.compile(r"(--env=|-e)?([A-Za-z_]\w*)=(.*)", flags=re.DOTALL)
-"""A variable that a container is given with its value."""
 _DIGESTED_BYTES = 64 << 20
 """Files that flags name are part of the key by their contents up to this size."""
 
@@ -221,15 +218,6 @@ def _with_contents(value: str) -> str:
         return f"{value} sha256:{sha256_of_file(path)}"
     except (OSError, ValueError):  # no file's name, or one that cannot be read here
         return value
-
-
-def command_in_key(command: Sequence[str]) -> list[str]:
-    """Return the words of the command that starts SGLang, for the cache key; of a secret among them a digest."""
-
-    def digested(found: re.Match[str]) -> str:
-        return f"{found[1] or ''}{found[2]}={secret_digest(found[2], found[3])}"
-
-    return [_VARIABLE.sub(digested, word) for word in command]
 
 
 def has_flag(arguments: Sequence[str], name: str, options: Options | None = None) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import requests
 
+from pytest_kld.engines.served.kind import headers
 from pytest_kld.errors import ServerError
 
 _LEFT_OUT = {
@@ -34,11 +35,6 @@ _LEFT_OUT = {
     "download_dir": "where weights lie",
 }
 """Fields of `/get_server_info` that move no logit, each with the reason; every other field is part of the key."""
-
-
-def headers(api_key: str | None) -> dict[str, str]:
-    """Return the HTTP headers of every request to a server."""
-    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 def server_description(url: str, api_key: str | None) -> dict[str, Any]:

@@ -12,9 +12,10 @@ import pytest
 import torch
 from scripted import SCRIPT
 
-from pytest_kld.engines.sglang import client as sglang_client
-from pytest_kld.engines.sglang.client import ServedModel
-from pytest_kld.engines.sglang.pieces import narrow
+from pytest_kld.engines.served import client as served_client
+from pytest_kld.engines.served.client import ServedModel
+from pytest_kld.engines.served.pieces import narrow
+from pytest_kld.engines.sglang.kind import KIND
 from pytest_kld.errors import ServerError
 from pytest_kld.servers.server import Server, ServerCommand, free_port
 from pytest_kld.subjects.model import ModelSpec
@@ -42,7 +43,9 @@ def scripted(behaviour: str, tmp_path: Path) -> Iterator[str]:
 
 
 def connect(url: str, tmp_path: Path) -> ServedModel:
-    return ServedModel.connect(url, model=MODEL, pool=None, server=None, capture_dir=tmp_path / "spool", api_key=None)
+    return ServedModel.connect(
+        KIND, url, model=MODEL, pool=None, server=None, capture_dir=tmp_path / "spool", api_key=None
+    )
 
 
 def test_an_answer_of_500_is_an_error_that_quotes_it(tmp_path: Path) -> None:
@@ -61,7 +64,7 @@ def test_a_speculation_that_refuses_log_probs_is_an_error_with_advice(tmp_path: 
 def test_an_answer_without_a_file_is_an_error_that_says_how_to_put_the_hook_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sglang_client, "_FILE_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(served_client, "_FILE_TIMEOUT_SECONDS", 0.5)
     with scripted("mute", tmp_path) as url, pytest.raises(ServerError, match="the hook did not") as caught:
         connect(url, tmp_path)
     assert "--kld-capture-dir" in str(caught.value)
@@ -86,7 +89,7 @@ def test_nobody_at_the_url_is_an_error_that_names_it(tmp_path: Path) -> None:
     ],
 )
 def test_a_server_of_another_model_is_told_by_its_name(served: str, same: bool) -> None:
-    assert sglang_client._same_model(MODEL, served) is same
+    assert served_client._same_model(MODEL, served) is same
 
 
 def test_logits_are_narrowed_only_where_that_loses_nothing() -> None:

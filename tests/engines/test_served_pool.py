@@ -14,8 +14,10 @@ from scripted_sglang import GOOD, make_pool, started
 from sglang_cpu.releases import CUSTOM_ALL_REDUCE, unpack
 
 from pytest_kld import __version__
-from pytest_kld.engines.sglang.engine import SGLangEngine
-from pytest_kld.engines.sglang.pool import LAUNCH, ServerPool
+from pytest_kld.engines.served.engine import ServedEngine
+from pytest_kld.engines.served.kind import Settings
+from pytest_kld.engines.served.pool import ServerPool
+from pytest_kld.engines.sglang.kind import KIND
 from pytest_kld.errors import ServerError
 from pytest_kld.hook.protocol import PROTOCOL
 from pytest_kld.subjects.model import ModelSpec
@@ -28,7 +30,7 @@ def pool_that_is_told(told: object, tmp_path: Path) -> ServerPool:
     text = told if isinstance(told, str) else json.dumps(told)
     interpreter.write_text(f"#!/bin/sh\necho 'a banner'\ncat <<'END'\n{text}\nEND\n")
     interpreter.chmod(0o755)
-    return make_pool(tmp_path, (str(interpreter), *LAUNCH))
+    return make_pool(tmp_path, (str(interpreter), *KIND.launch))
 
 
 def test_versions_and_devices_are_asked_for_once(tmp_path: Path) -> None:
@@ -86,10 +88,8 @@ def test_flags_are_checked_by_the_spellings_of_the_release_that_is_installed(tmp
 
 def fingerprint(tmp_path: Path, *args: str, trust: bool = False, **env: str) -> dict[str, Any]:
     pool = pool_that_is_told(GOOD, tmp_path)
-    pool.trust_remote_code = trust
-    engine = SGLangEngine(
-        servers=pool, capture_dir=tmp_path / "spool", api_key=None, dtype="auto", trust_remote_code=trust
-    )
+    pool.settings = Settings(trust_remote_code=trust)
+    engine = ServedEngine(servers=pool, capture_dir=tmp_path / "spool", api_key=None)
     subject = Subject(name="org/model", model=ModelSpec(name="org/model"), arguments={"args": args}, environment=env)
     return engine.fingerprint(subject)
 
@@ -134,7 +134,7 @@ def test_a_booted_server_is_shown_its_gpus_by_number_and_leases_them_by_uuid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_on_path(tmp_path, monkeypatch, *UUIDS)
-    monkeypatch.setattr("pytest_kld.engines.sglang.pool.lease_directory", lambda: tmp_path)
+    monkeypatch.setattr("pytest_kld.engines.served.pool.lease_directory", lambda: tmp_path)
     pool = make_pool(tmp_path)
     try:
         handle = pool.get(MODEL, ["--tp", "2"], {"CUDA_VISIBLE_DEVICES": "GPU-44dd,1"})

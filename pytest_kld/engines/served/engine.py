@@ -1,4 +1,4 @@
-"""The engine of the mission: SGLang servers with the capture hook in them."""
+"""Engines that are servers with the capture hook in them."""
 
 from __future__ import annotations
 
@@ -9,67 +9,69 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_kld.engines import ModelFacts
 from pytest_kld.engines.checkpoint import read_facts
-from pytest_kld.engines.sglang.arguments import check_arguments, command_in_key, numeric_arguments
-from pytest_kld.engines.sglang.client import ServedModel
-from pytest_kld.engines.sglang.description import server_description
-from pytest_kld.engines.sglang.pool import default_command
+from pytest_kld.engines.served.client import ServedModel
+from pytest_kld.engines.served.pool import default_command
+from pytest_kld.servers.launchers import command_in_key
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pytest_kld.engines.sglang.pool import ServerPool
+    from pytest_kld.engines.served.kind import ServerKind
+    from pytest_kld.engines.served.pool import ServerPool
     from pytest_kld.subjects.subject import Subject
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SGLangEngine:
+class ServedEngine:
     """Boots a server for each model, or uses one that runs already.
 
-    A Subject's arguments are `args` (flags for `launch_server`), or `url` (a running server instead).
+    A Subject's arguments are `args` (flags of the server's command), or `url` (a running server instead).
 
     Attributes:
         servers: boots them and shuts them down.
         capture_dir: the directory that servers and this process see.
         api_key: for servers named by URL.
-        dtype: `auto` (SGLang's choice) or a torch dtype's name.
-        trust_remote_code: whether a repository's own code may run.
 
     """
 
     servers: ServerPool
     capture_dir: Path
     api_key: str | None
-    dtype: str
-    trust_remote_code: bool
+
+    @property
+    def kind(self) -> ServerKind:
+        """What is served."""
+        return self.servers.kind
 
     def facts(self, subject: Subject) -> ModelFacts:
         """Read a model's facts from its config. See `Engine.facts`."""
-        dtype = "bfloat16" if self.dtype == "auto" else self.dtype  # SGLang's choice is of 16 bits too
-        facts = read_facts(subject.spec, dtype=dtype, trust_remote_code=self.trust_remote_code)
-        check_arguments(subject.arguments.get("args", ()), "SGLang's arguments")
+        settings = self.servers.settings
+        dtype = self.kind.auto_dtype if settings.dtype == "auto" else settings.dtype
+        facts = read_facts(subject.spec, dtype=dtype, trust_remote_code=settings.trust_remote_code)
+        self.kind.check_arguments(subject.arguments.get("args", ()), f"{self.kind.title}'s arguments")
         return facts
 
     def fingerprint(self, subject: Subject) -> dict[str, Any]:
         """Return versions, GPUs, and every argument and variable that may change logits. See `Engine.fingerprint`."""
         if url := subject.arguments.get("url"):
-            return {"engine": "sglang", **self._running(url, subject)}
+            return {"engine": self.kind.name, **self._running(url, subject)}
         environment = subject.environment
         installed = self.servers.installed(environment)
         command = tuple(self.servers.command)
         completed = self.servers.complete(subject.arguments.get("args", ()), environment)
         return {
-            "engine": "sglang",
+            "engine": self.kind.name,
             "versions": installed.versions,
             "devices": list(installed.devices),
-            "command": None if command == default_command() else command_in_key(command),
-            "arguments": numeric_arguments(completed, installed.options),
+            "command": None if command == default_command(self.kind) else command_in_key(command),
+            "arguments": self.kind.numeric_arguments(completed, installed.options),
             "environment": self.servers.environment(environment),
             "notes": self.servers.notes(completed, environment),
         }
 
     def _running(self, url: str, subject: Subject) -> dict[str, Any]:
         """Return what a running server tells: its arguments by itself, its GPU and environment through the hook."""
-        described = server_description(url, self.api_key)
+        described = self.kind.describe(url, self.api_key)
         with self.open(subject) as served:
             told = served.handshake
         return {**described, "devices": [told["device"]], "environment": told["environment"], "torch": told["torch"]}
@@ -83,6 +85,7 @@ class SGLangEngine:
             server = self.servers.get(subject.spec, subject.arguments.get("args", ()), subject.environment)
             base = server.url
         yield ServedModel.connect(
+            self.kind,
             base,
             model=subject.spec,
             pool=None if url else self.servers,

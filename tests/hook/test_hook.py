@@ -36,21 +36,24 @@ def python(program: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 def test_it_imports_nothing_heavy_and_does_nothing_without_the_variable() -> None:
     program = (
-        "import sys; from pytest_kld.hook import install; install(); "
+        "import sys; from pytest_kld.hook.sglang import install; install(); "
         "print([name for name in ('torch', 'sglang', 'safetensors', 'numpy') if name in sys.modules])"
     )
     assert python(program).stdout.strip() == "[]"
 
 
 def test_a_hook_that_cannot_be_put_in_is_reported_and_does_not_raise(tmp_path: Path) -> None:
-    program = "import sys; sys.modules['sglang'] = None; from pytest_kld.hook import install; install()"
+    program = "import sys; sys.modules['sglang'] = None; from pytest_kld.hook.sglang import install; install()"
     python(program, **{CAPTURE_DIR_VARIABLE: str(tmp_path)})
     (report,) = tmp_path.glob("install-error-*.txt")
     assert "sglang" in report.read_text()
 
 
 def test_what_is_installed_is_told_in_one_line_of_json() -> None:
-    program = "import runpy; runpy.run_module('pytest_kld.hook', run_name='__main__')"
+    program = (
+        "import runpy, sys; sys.argv[1:] = ['pytest_kld.hook.sglang']; "
+        "runpy.run_module('pytest_kld.hook', run_name='__main__')"
+    )
     told = json.loads(python(program).stdout)
     assert told["versions"]["torch"].startswith("2.")
     assert told["hooked"] is False

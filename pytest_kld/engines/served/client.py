@@ -1,4 +1,4 @@
-"""A served model: sends windows to a hooked SGLang server and puts together what the hook wrote."""
+"""A served model: sends windows to a hooked server and puts together what the hook wrote."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from torch import Tensor
 
 from pytest_kld import __version__
 from pytest_kld.engines import ModelFacts, Prefill
-from pytest_kld.engines.sglang.description import headers
-from pytest_kld.engines.sglang.hints import hint
-from pytest_kld.engines.sglang.pieces import covers, first_row, join, narrow, reaches, read_piece
+from pytest_kld.engines.served.kind import headers
+from pytest_kld.engines.served.pieces import covers, first_row, join, narrow, reaches, read_piece
 from pytest_kld.errors import CaptureError, ServerError
 from pytest_kld.hook.protocol import (
     CAPTURE_DIR_VARIABLE,
@@ -37,7 +36,8 @@ from pytest_kld.hook.protocol import (
 from pytest_kld.kernel.head import Head
 
 if TYPE_CHECKING:
-    from pytest_kld.engines.sglang.pool import ServerHandle, ServerPool
+    from pytest_kld.engines.served.kind import Answer, ServerKind
+    from pytest_kld.engines.served.pool import ServerHandle, ServerPool
     from pytest_kld.subjects.model import ModelSpec
     from pytest_kld.text.windows import Windows
 
@@ -61,6 +61,7 @@ class ServedModel:
     """A model on a server that answered the handshake. See `LoadedModel`.
 
     Attributes:
+        kind: the engine.
         url: where the server answers.
         label: how the user named the model.
         handshake: what the hook said of the server.
@@ -71,6 +72,7 @@ class ServedModel:
 
     """
 
+    kind: ServerKind
     url: str
     label: str
     handshake: dict[str, Any] = field(default_factory=dict)
@@ -83,6 +85,7 @@ class ServedModel:
     @classmethod
     def connect(
         cls,
+        kind: ServerKind,
         url: str,
         *,
         model: ModelSpec,
@@ -98,7 +101,15 @@ class ServedModel:
                 another model.
 
         """
-        served = cls(url=url, label=model.label, capture_dir=capture_dir, api_key=api_key, pool=pool, server=server)
+        served = cls(
+            kind=kind,
+            url=url,
+            label=model.label,
+            capture_dir=capture_dir,
+            api_key=api_key,
+            pool=pool,
+            server=server,
+        )
         with served._run(CaptureRequest(hidden=True)) as run:
             served._ask(run, 0, _GREETING)
             path = run / HANDSHAKE_FILE
@@ -167,30 +178,34 @@ class ServedModel:
         hidden = join(pieces, "hidden") if request.hidden else None
         return Prefill(window=index, hidden=hidden, logits=logits)
 
-    def _ask(self, run: Path, index: int, token_ids: Sequence[int]) -> dict[str, Any]:
-        body = {
-            "input_ids": list(token_ids),
-            "rid": request_id(run.name, index),
-            "sampling_params": {"max_new_tokens": 1, "temperature": 0},
-            "return_logprob": True,
-            "logprob_start_len": 0,
-        }
+    def _ask(self, run: Path, index: int, token_ids: Sequence[int]) -> Answer:
+        rid = request_id(run.name, index)
+        path, body = self.kind.request(rid, token_ids)
         what = f"{self.label}, window {index}"
         try:
-            answer = requests.post(
-                f"{self.url}/generate", json=body, headers=headers(self.api_key), timeout=_ANSWER_TIMEOUT_SECONDS
+            told = requests.post(
+                f"{self.url}{path}", json=body, headers=headers(self.api_key), timeout=_ANSWER_TIMEOUT_SECONDS
             )
         except requests.RequestException as error:
             raise self._failure(f"{what}: the server {self.url} does not answer: {error}") from error
-        if answer.status_code != requests.codes.ok:
-            advice = hint(answer.text)
-            quoted = answer.text[:500] + (f"\nhint: {advice}" if advice else "")
-            raise self._failure(f"{what}: the server answered {answer.status_code}: {quoted}")
-        told: dict[str, Any] = answer.json()
-        meta = told["meta_info"]
-        if meta["id"] != body["rid"] or meta["prompt_tokens"] != len(token_ids):
-            raise self._failure(f"{what}: the server answered another request ({meta['id']}, {meta['prompt_tokens']})")
-        return told
+        if told.status_code != requests.codes.ok:
+            advice = self.kind.hint(told.text)
+            quoted = told.text[:500] + (f"\nhint: {advice}" if advice else "")
+            raise self._failure(f"{what}: the server answered {told.status_code}: {quoted}")
+        try:
+            answer = self.kind.read_answer(told.json())
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise self._failure(
+                f"{what}: the server {self.url} did not answer as {self.kind.title} does "
+                f"({type(error).__name__}: {error}): {told.text[:500]}"
+            ) from error
+        count = len(token_ids)
+        if answer.request_id != rid or answer.prompt_tokens != count or len(answer.log_probs) < count:
+            raise self._failure(
+                f"{what}: the server answered another request: {answer.request_id} with {answer.prompt_tokens} tokens "
+                f"and {len(answer.log_probs)} log-probs, and {rid} has {count} tokens"
+            )
+        return answer
 
     def _pieces(self, run: Path, index: int, count: int) -> list[dict[str, Tensor]]:
         """Wait until the pieces of a window cover it, and read them in order."""
@@ -215,7 +230,7 @@ class ServedModel:
         vocab_size = self.handshake["vocab_size"]
         with self._run(CaptureRequest(hidden=True, head=True)) as run:
             self._ask(run, 0, _GREETING)
-            ranks = self.handshake["arguments"]["tp_size"] or 1
+            ranks = self.handshake["head_ranks"]
             parts: dict[int, Path] = {}
 
             def complete() -> bool:
@@ -238,17 +253,16 @@ class ServedModel:
     def _check_served(
         self,
         index: int,
-        answer: dict[str, Any],
+        answer: Answer,
         token_ids: np.ndarray[Any, Any],
         positions: Sequence[int],
         logits: Tensor,
     ) -> None:
         """Hold log-probs that the server returned against the captured logits: they are of the same forward pass."""
-        served = answer["meta_info"]["input_token_logprobs"]
         for position, row in zip(positions, logits.float(), strict=True):
             if position + 1 >= len(token_ids) or not row.isfinite().all():
                 continue
-            value, token, *_ = served[position + 1]
+            value, token = answer.log_probs[position + 1]
             captured = float(row[token].double() - row.double().logsumexp(-1))
             if token != token_ids[position + 1] or value is None or abs(captured - value) > _SERVED_TOLERANCE:
                 raise CaptureError(
@@ -264,13 +278,13 @@ class ServedModel:
                 f"{told['protocol']}), and this is {__version__} (protocol {PROTOCOL}): install the same version on "
                 "both sides."
             )
-        arguments = told["arguments"]
-        if told["dp_attention"] or arguments["enable_dp_attention"] or (arguments["attn_dp_size"] or 1) > 1:
+        if told["engine"] != self.kind.name:
             raise ServerError(
-                f"the server {self.url} runs data-parallel attention, which cannot be captured: the head's input holds "
-                "rows of other ranks' requests. Start it with --tp alone, or with --dp-size without it."
+                f"the server {self.url} is {told['engine']}, and {self.kind.name} is asked for: see --kld-engine."
             )
-        names = {str(told["arguments"][name]).rstrip("/") for name in ("model_path", "served_model_name")}
+        if told["refusal"] is not None:
+            raise ServerError(f"the server {self.url} cannot be captured: {told['refusal']}.")
+        names = {name.rstrip("/") for name in told["model_names"]}
         if not any(_same_model(model, name) for name in names):
             raise ServerError(
                 f"the server {self.url} serves {', '.join(sorted(names))}, and {model.label} is asked for. If they are "
@@ -292,7 +306,7 @@ class ServedModel:
             shutil.rmtree(run, ignore_errors=True)  # the hook may be writing there still
 
     def _wait_for(self, run: Path, there: Any, what: str) -> None:
-        """Wait for a file after its answer, watching for the hook's reports.
+        """Wait for a file after its answer, and look for the hook's reports; it writes them before the answer.
 
         Raises:
             CaptureError: the hook failed, or the file does not come.
@@ -301,9 +315,12 @@ class ServedModel:
         local = self.server is not None and what == _HANDSHAKE
         timeout = _HANDSHAKE_TIMEOUT_SECONDS if local else _FILE_TIMEOUT_SECONDS
         deadline, seen = time.monotonic() + timeout, 0
-        while not there():
-            for report in run.glob("error-*.txt"):
+        while True:
+            complete = there()
+            for report in run.glob("error-*.txt"):  # also of files that are there: they may be wrong
                 raise CaptureError(f"{self.label}, {what}: the hook failed in the server:\n{report.read_text()}")
+            if complete:
+                return
             files = sum(1 for _ in run.iterdir())
             if files != seen:
                 deadline, seen = time.monotonic() + timeout, files
@@ -314,13 +331,13 @@ class ServedModel:
     def _missing(self, what: str) -> str:
         reports = "".join(f"\n{path.read_text()}" for path in self._install_errors())
         if reports:
-            return f"{self.label}: the hook could not be put into SGLang:{reports}"
+            return f"{self.label}: the hook could not be put into {self.kind.title}:{reports}"
         if what == _HANDSHAKE:
             return (
                 f"{self.label}: the server answered and the hook did not. It is not in that server, or writes to "
                 f"another directory: start the server with {CAPTURE_DIR_VARIABLE} set to the directory that this "
                 f"machine sees as {self.capture_dir} (--kld-capture-dir), and pytest-kld installed there. "
-                "SGLANG_PLUGINS, if set, must name pytest_kld. SGLang before 0.5.11 needs `pytest-kld patch --apply`"
+                f"{self.kind.hook_advice}"
             )
         return f"{self.label}: the server answered and the hook did not write {what}"
 

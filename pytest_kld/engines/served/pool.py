@@ -15,15 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_kld import __version__
-from pytest_kld.engines.sglang.arguments import (
-    LAUNCH,
-    ONE_WINDOW_A_BATCH,
-    Options,
-    check_arguments,
-    gpus_needed,
-    has_flag,
-)
-from pytest_kld.engines.sglang.hints import hint
 from pytest_kld.errors import ServerError
 from pytest_kld.hook.protocol import CAPTURE_DIR_VARIABLE, PROTOCOL
 from pytest_kld.servers.environment import numeric_environment
@@ -32,27 +23,25 @@ from pytest_kld.servers.leases import lease, lease_directory, only_by_name, visi
 from pytest_kld.servers.server import Server, ServerCommand, free_port
 
 if TYPE_CHECKING:
+    from pytest_kld.engines.served.kind import Options, ServerKind, Settings
     from pytest_kld.progress import Progress
     from pytest_kld.subjects.model import ModelSpec
 
 _QUESTION_TIMEOUT_SECONDS = 300
 _KEPT_LOGS = 50
-_CHUNKS = {
-    "SGLANG_ENABLE_LOGITS_PROCESSER_CHUNK": "1",
-    "SGLANG_LOGITS_PROCESSER_CHUNK_SIZE": "256",
-    "SGLANG_LOGPROB_CHUNK_SIZE": "256",
-}
-"""SGLang makes its own log-probs of this many rows at a time, by the names of older and newer releases.
-
-By default it makes those of a whole window at once: 3 to 4.4 GB for 2,048 tokens of a vocabulary of 152,064.
-"""
-_CHUNK_SWITCH = "SGLANG_ENABLE_LOGPROB_CHUNK"
 _SECONDS_BETWEEN_NOTES = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Installed:
-    """What is installed where SGLang runs; `options` are the release's flags, None if its source cannot be read."""
+    """What is installed where an engine runs.
+
+    Attributes:
+        versions: of the packages that determine a capture's bits.
+        devices: the names of the GPUs.
+        options: the release's flags; None if its source cannot be read.
+
+    """
 
     versions: dict[str, str]
     devices: tuple[str, ...]
@@ -89,42 +78,41 @@ class _Running:
 
 @dataclass(slots=True, kw_only=True)
 class ServerPool:
-    """Boots SGLang servers.
+    """Boots servers of one kind.
 
     Attributes:
-        command: what starts SGLang, ending with `-m sglang.launch_server`.
+        kind: the engine.
+        command: what starts it, ending with the kind's `launch`.
         capture_dir: the directory for captures, under the same path where the servers run.
         log_dir: where the servers' logs go.
         startup_timeout: seconds a server may take to become ready.
-        dtype: `auto` or a torch dtype's name.
-        device: `auto` or `cpu`: passed on, else left to SGLang.
-        trust_remote_code: passed on.
+        settings: what the user chose for every engine, passed on as flags.
         progress: told of boots and waits.
 
     """
 
+    kind: ServerKind
     command: Sequence[str]
     capture_dir: Path
     log_dir: Path
     startup_timeout: float
-    dtype: str
-    device: str
-    trust_remote_code: bool
+    settings: Settings
     progress: Progress
     _running: list[_Running] = field(default_factory=list)
     _installed: dict[tuple[tuple[str, str], ...], Installed] = field(default_factory=dict)
 
     def installed(self, environment: Mapping[str, str]) -> Installed:
-        """Ask once what is installed where SGLang runs with these variables.
+        """Ask once what is installed where the engine runs with these variables.
 
         Raises:
-            ServerError: SGLang or the hook is not, or the hook is of another version.
+            ServerError: the engine or the hook is not, or the hook is of another version.
 
         """
         key = tuple(sorted(environment.items()))
         if key not in self._installed:
             variables = {**os.environ, **environment}
-            self._installed[key] = _ask(with_environment(self.command, environment, variables), variables)
+            command = with_environment(self.command, environment, variables)
+            self._installed[key] = _ask(self.kind, command, variables)
         return self._installed[key]
 
     def complete(self, arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
@@ -135,28 +123,19 @@ class ServerPool:
             environment: variables on top of this process's; they may decide which release runs.
 
         Raises:
-            ServerError: one of them is refused, or SGLang or the hook is not installed.
+            ServerError: one of them is refused, or the engine or the hook is not installed.
 
         """
         options = self.installed(environment).options
-        check_arguments(arguments, "SGLang's arguments", options)
-        added = []
-        if not has_flag(arguments, ONE_WINDOW_A_BATCH, options):
-            added += [ONE_WINDOW_A_BATCH, "1"]
-        if self.dtype != "auto" and not has_flag(arguments, "--dtype", options):
-            added += ["--dtype", self.dtype]
-        if self.device == "cpu" and not has_flag(arguments, "--device", options):
-            added += ["--device", "cpu"]
-        if self.trust_remote_code and not has_flag(arguments, "--trust-remote-code", options):
-            added += ["--trust-remote-code"]
-        return [*arguments, *added]
+        self.kind.check_arguments(arguments, f"{self.kind.title}'s arguments", options)
+        return self.kind.complete(arguments, self.settings, options)
 
     def get(self, model: ModelSpec, arguments: Sequence[str], environment: Mapping[str, str]) -> ServerHandle:
         """Return a server for a model: the one that runs, or a new one.
 
         Args:
             model: the pinned model.
-            arguments: SGLang's flags, beyond those that are set here.
+            arguments: the engine's flags, beyond those that are set here.
             environment: variables on top of this process's.
 
         Raises:
@@ -179,8 +158,7 @@ class ServerPool:
             environment: the user's.
 
         """
-        chosen = any(name in environment or name in os.environ for name in (*_CHUNKS, _CHUNK_SWITCH))
-        return dict(environment) if chosen else {**environment, **_CHUNKS}
+        return {**environment, **self.kind.variables({**os.environ, **environment})}
 
     def environment(self, given: Mapping[str, str]) -> dict[str, str]:
         """Return all variables that reach a server and may change its numbers, for the key."""
@@ -188,12 +166,9 @@ class ServerPool:
 
     def notes(self, arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
         """Return what a reader of the figures should know about how a server with these flags runs here."""
-        gpus = visible_gpus({**os.environ, **environment})
-        if gpus_needed(arguments, self.installed(environment).options) > 1 and only_by_name(gpus):
-            return [
-                "the GPUs are visible by UUID only (MIG, or a container that hides their numbers), so SGLang's custom "
-                "all-reduce is off and other kernels are measured than on whole GPUs"
-            ]
+        gpus, options = visible_gpus({**os.environ, **environment}), self.installed(environment).options
+        if self.kind.gpus_needed(arguments, options) > 1 and only_by_name(gpus):
+            return [self.kind.note_on_named_gpus]
         return []
 
     def failure(self, handle: ServerHandle, what: str) -> ServerError:
@@ -214,7 +189,7 @@ class ServerPool:
     ) -> _Running:
         variables = {**os.environ, **self.variables(environment)}
         options = self.installed(environment).options
-        needed, gpus = gpus_needed(arguments, options), visible_gpus(variables)
+        needed, gpus = self.kind.gpus_needed(arguments, options), visible_gpus(variables)
         if not gpus:
             needed = 0
         self._make_room(needed, len(gpus))
@@ -232,20 +207,20 @@ class ServerPool:
             cidfile, kill = log.with_suffix(".cid"), kill_command(self.command)
             launch = with_environment(self.command, forwarded, variables, cidfile)
             command = ServerCommand(
-                argv=[*launch, *_address(model, port), *arguments],
+                argv=[*launch, *self.kind.address(model, port), *arguments],
                 environment=variables,
                 url=f"http://127.0.0.1:{port}",
-                health="/health",
+                health=self.kind.health,
                 log=log,
                 startup_timeout=self.startup_timeout,
-                hint=hint,
+                hint=self.kind.hint,
                 container=(cidfile, kill) if kill else None,
             )
-            self.progress.note(f"booting SGLang for {model.label}, log {command.log}")
+            self.progress.note(f"booting {self.kind.title} for {model.label}, log {command.log}")
             started = time.monotonic()
             server = Server(command, self._say_waiting(model))
             stack.callback(server.stop)
-            self.progress.note(f"SGLang for {model.label} is ready after {time.monotonic() - started:.1f} s")
+            self.progress.note(f"{self.kind.title} for {model.label} is ready after {time.monotonic() - started:.1f} s")
             handle = ServerHandle(url=server.url, model=model.label, log=server.log, pid=server.pid, gpus=held)
             return _Running(key, server, handle, stack.pop_all())
 
@@ -258,11 +233,11 @@ class ServerPool:
 
     def _stop(self, running: _Running) -> None:
         self._running.remove(running)
-        self.progress.note(f"shutting SGLang for {running.handle.model} down")
+        self.progress.note(f"shutting {self.kind.title} for {running.handle.model} down")
         running.leases.close()
 
     def _say_waiting(self, model: ModelSpec) -> _Waiting:
-        return _Waiting(self.progress, model.label)
+        return _Waiting(self.progress, f"{self.kind.title} for {model.label}")
 
     def _new_log(self, model: ModelSpec) -> Path:
         self.log_dir.mkdir(parents=True, exist_ok=True)
@@ -283,21 +258,16 @@ class _Waiting:
     def __call__(self, waited: float) -> None:
         if waited - self.said >= _SECONDS_BETWEEN_NOTES:
             self.said = waited
-            self.progress.note(f"SGLang for {self.label} is booting, {waited:.0f} s so far")
+            self.progress.note(f"{self.label} is booting, {waited:.0f} s so far")
 
 
-def default_command() -> tuple[str, ...]:
-    """Return the command for a SGLang that is installed beside pytest."""
-    return (sys.executable, *LAUNCH)
+def default_command(kind: ServerKind) -> tuple[str, ...]:
+    """Return the command for an engine that is installed beside pytest."""
+    return (sys.executable, *kind.launch)
 
 
-def _address(model: ModelSpec, port: int) -> list[str]:
-    address = ["--model-path", model.source, "--host", "127.0.0.1", "--port", str(port)]
-    return [*address, "--revision", model.revision] if model.revision else address
-
-
-def _ask(command: Sequence[str], variables: Mapping[str, str]) -> Installed:
-    question = [*command[: -len(LAUNCH)], "-m", "pytest_kld.hook"]
+def _ask(kind: ServerKind, command: Sequence[str], variables: Mapping[str, str]) -> Installed:
+    question = [*command[: -len(kind.launch)], "-m", "pytest_kld.hook", kind.seams]
     try:
         answer = subprocess.run(  # noqa: S603
             question,
@@ -309,22 +279,22 @@ def _ask(command: Sequence[str], variables: Mapping[str, str]) -> Installed:
         )
         told = json.loads(answer.stdout.strip().splitlines()[-1])
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ServerError(f"`{shlex.join(question)}` does not run: {error}. See --kld-sglang-command.") from error
+        raise ServerError(f"`{shlex.join(question)}` does not run: {error}. See {kind.command_option}.") from error
     except (IndexError, ValueError) as error:
         raise ServerError(
             f"`{shlex.join(question)}` failed with exit code {answer.returncode}: "
             f"{answer.stderr.strip()[-500:] or 'no output'}\n"
-            "Install pytest-kld where SGLang runs (`pip install pytest-kld`): the capture hook comes with it. See "
-            "--kld-sglang-command."
+            f"Install pytest-kld where {kind.title} runs (`pip install pytest-kld`): the capture hook comes with it. "
+            f"See {kind.command_option}."
         ) from error
     if told["protocol"] != PROTOCOL or told["pytest_kld"] != __version__:
         raise ServerError(
-            f"where SGLang runs pytest-kld {told['pytest_kld']} is installed (protocol {told['protocol']}), here "
+            f"where {kind.title} runs pytest-kld {told['pytest_kld']} is installed (protocol {told['protocol']}), here "
             f"{__version__} (protocol {PROTOCOL}): install the same version on both sides."
         )
-    if "sglang" not in told["versions"]:
+    if kind.package not in told["versions"]:
         raise ServerError(
-            f"`{command[0]}` has no SGLang. Install it there, name another with --kld-sglang-command, or give "
+            f"`{command[0]}` has no {kind.title}. Install it there, name another with {kind.command_option}, or give "
             "--kld-engine=transformers."
         )
     if not told["hooked"]:

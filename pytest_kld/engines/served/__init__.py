@@ -1,0 +1,1 @@
+"""What every served engine shares: servers that are booted, and captures through the hook in them."""
