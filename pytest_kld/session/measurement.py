@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from pytest_kld.figures.compare import compare, scores_key
 from pytest_kld.figures.schedule import rounds_of
 from pytest_kld.figures.scores import Scores
 from pytest_kld.kernel.device import pick_device
+from pytest_kld.servers.leases import lease_device, lease_directory
 from pytest_kld.session.engines import make_engine
 from pytest_kld.session.subjects import candidates_of
 from pytest_kld.subjects.digests import MEMO, FileDigests
@@ -35,6 +37,8 @@ from pytest_kld.text.windows import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    import torch
 
     from pytest_kld.captures.capture import Capture
     from pytest_kld.engines import Engine
@@ -237,16 +241,18 @@ class Measurement:
             for capture in (reference, candidate):
                 self.library.verify(capture)
             self._close_engines()  # a comparison wants the memory that a server holds
-            scores = compare(
-                reference,
-                candidate,
-                windows,
-                head=config.head,
-                device=pick_device(config.device),
-                progress=self.progress,
-                extended=extended,
-                known=known,
-            )
+            device = pick_device(config.device)
+            with lease_device(str(device), os.environ, lease_directory(), lambda: self._say_leased(device)):
+                scores = compare(
+                    reference,
+                    candidate,
+                    windows,
+                    head=config.head,
+                    device=device,
+                    progress=self.progress,
+                    extended=extended,
+                    known=known,
+                )
             for capture in (reference, candidate):
                 capture.require_unchanged()
             scores.save(path, key)
@@ -299,6 +305,9 @@ class Measurement:
     def _close_engines(self) -> None:
         for engine in self._engines.values():
             engine.close()
+
+    def _say_leased(self, device: torch.device) -> None:
+        self.progress.note(f"waiting for {device}, which another session holds")
 
     def _say_waiting(self, what: str) -> None:
         self.progress.note(f"waiting for another process that makes the {what}")
