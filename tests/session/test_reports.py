@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -150,7 +151,15 @@ def test_path_that_safetensors_cannot_open_is_a_usage_error(gate: Gate, odd_dir:
     ran = run(gate, f"--kld-{option}={odd_dir}")
     assert ran.returncode == pytest.ExitCode.USAGE_ERROR
     shown = ran.stderr.decode()  # fails on a raw \xff
-    assert rf"ERROR: --kld-{option}: {odd_dir.parent}/odd\udcff is not UTF-8" in shown
+    assert re.search(rf"ERROR: --kld-{option}: '?{odd_dir.parent}/odd\\udcff'? is not (valid )?UTF-8", shown)
+
+
+def test_link_to_a_model_that_safetensors_cannot_open_is_a_usage_error(gate: Gate, odd_dir: Path) -> None:
+    (odd_dir / "config.json").write_text("{}")
+    (odd_dir.parent / "link").symlink_to(odd_dir)
+    ran = run(gate, f"--kld-candidate={odd_dir.parent / 'link'}")
+    assert ran.returncode == pytest.ExitCode.USAGE_ERROR
+    assert rf"ERROR: --kld-candidate: {odd_dir.parent}/odd\udcff is not UTF-8" in ran.stderr.decode()
 
 
 def test_model_and_test_whose_paths_are_not_utf8_are_reported_everywhere(gate: Gate, odd_dir: Path) -> None:
