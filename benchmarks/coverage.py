@@ -1,14 +1,16 @@
-"""Do the intervals hold what they promise? Simulated texts whose true figures are known, scored as the protocol does.
+"""Check whether the intervals hold what they promise, on simulated texts whose true figures are known.
 
     python benchmarks/coverage.py [--repetitions 2000] [--windows 100 12 6] [--ratios 0.5 1 2] [--sizes] [--seed 0]
 
-A token's log KL has three parts: one that changes slowly along the text, one of the token, and one of the token in the
-context of one window. KL is log-normal with σ = 1.49: P99 is 11 times the mean (15 times in published figures of a
-large model in 4 bits). Windows have 2,048 tokens and stride 512: a token is scored up to four times.
+The texts are scored as the protocol does. A token's log KL has three parts: one changes slowly along the text, one
+belongs to the token, and one belongs to the token in the context of one window. KL is log-normal with σ = 1.49: P99 is
+11 times the mean (15 times in published figures of a large model in 4 bits). Windows have 2,048 tokens and stride 512,
+so a token is scored up to four times.
 
-Prints how often 95 % intervals hold the truth, on which side they miss, and how often those do that take positions
-for independent; then how often a gate that may stop after every round decides wrongly. `--sizes` prints instead how
-often an interval of the mean ends below the truth, so that a wrong candidate could pass, from 1 window of 2 tokens on.
+The script prints how often 95 % intervals contain the truth, on which side they miss, and how often intervals contain
+it that assume independent positions. Then it prints how often a gate that may stop after every round decides wrongly.
+With `--sizes` it prints instead how often an interval of the mean ends below the truth, so that a wrong candidate could
+pass, for texts from 1 window of 2 tokens on.
 """
 
 from __future__ import annotations
@@ -31,18 +33,18 @@ SIZE, STRIDE = 2048, 512
 SLOW, TOKEN, CONTEXT = 0.6, 1.1, 0.8
 """Standard deviations of the three parts of a token's log KL."""
 CORRELATION = 0.98
-"""Of the slow part from one token to the next: a correlation length of 50 tokens."""
+"""Correlation of the slow part from one token to the next, which gives a correlation length of 50 tokens."""
 SIGMA = math.sqrt(SLOW**2 + TOKEN**2 + CONTEXT**2)
 AGREE = 0.9
 """True top-1 agreement."""
 DRIFT = 0.01
-"""True mean of the candidate's NLL over the reference's."""
+"""True mean of the candidate's NLL minus the reference's."""
 CONFIDENCE = 0.95
 SIZES = (
     *((1, size, size) for size in (2, 8, 64, 256, 512, 1024, 2048)),
     *((windows, SIZE, STRIDE) for windows in (3, 6, 12, 100)),
 )
-"""Windows, their size and stride: from what is far too little to the protocol."""
+"""Number of windows, their size and their stride, from far too little text to the protocol."""
 NORMAL = NormalDist()
 
 
@@ -55,7 +57,7 @@ def simulate(
     stride: int = STRIDE,
     sigma: float = SIGMA,
 ) -> Scores:
-    """Draw a text and score it: `windows` windows with a true mean KL of `mean`; ln KL deviates by `sigma`."""
+    """Draw a text and score it: `windows` windows, true mean KL `mean`, standard deviation of ln KL `sigma`."""
     tokens = (windows - 1) * stride + size
     source = (np.arange(windows) * stride)[:, None] + np.arange(size)
     latent = (SLOW * _slow(rng, tokens) + TOKEN * rng.standard_normal(tokens))[source]
@@ -72,7 +74,7 @@ def simulate(
 
 
 def _slow(rng: np.random.Generator, tokens: int) -> NDArray[np.float64]:
-    """Draw a first-order autoregression with variance 1: noise through its impulse response."""
+    """Draw a first-order autoregression with variance 1, by convolving noise with its impulse response."""
     memory = math.ceil(math.log(1e-4) / math.log(CORRELATION))
     response = CORRELATION ** np.arange(memory) * math.sqrt(1 - CORRELATION**2)
     length = 1 << (tokens + 2 * memory).bit_length()
@@ -90,7 +92,7 @@ def truth(mean: float = 0.05) -> dict[str, float]:
 
 
 def naive_intervals(scores: Scores) -> dict[str, tuple[float, float]]:
-    """Return 95 % intervals that take every position for an independent one."""
+    """Return 95 % intervals that treat every position as independent."""
     z = NORMAL.inv_cdf(0.5 + CONFIDENCE / 2)
     columns, found = scores.columns, {}
     kl = np.sort(columns["kl"].ravel())
@@ -110,7 +112,7 @@ def naive_intervals(scores: Scores) -> dict[str, tuple[float, float]]:
 
 
 def coverage(repetitions: int, windows: int, seed: int) -> dict[str, dict[str, float]]:
-    """Return, for each figure, the share of texts whose interval is all below, holds, or is all above the truth.
+    """Return for each figure the shares of texts whose interval lies below, contains, or lies above the truth.
 
     Returns:
         figure → `covered`, `below`, `above`, `naive` (shares), `effective` (positions, on average).
@@ -136,8 +138,8 @@ def passes(repetitions: int, windows: int, size: int, stride: int, sigma: float,
     """Return how often the interval of the mean misses the truth, and how often there is too little text for one.
 
     Returns:
-        Shares `wrong pass` (all of it is below the truth), `wrong fail` (above), `too few` (the least number of windows
-        is not reached), and `windows`, the least number that is named then, on average.
+        Shares `wrong pass` (all of the interval is below the truth), `wrong fail` (all of it is above), `too few` (the
+        text has fewer than the least number of windows), and `windows`, the average least number of those texts.
 
     """
     rng = np.random.default_rng(seed)
@@ -159,12 +161,12 @@ def stopping(
     """Gate texts whose true mean KL is `ratio` times the limit, in rounds, until the limit is decided.
 
     Args:
-        repetitions: texts.
-        most: windows at most.
-        ratio: of the truth to the limit.
-        seed: of the generator.
-        spending: whether the rounds share the error; without it each takes all of it, which is what is wrong.
-        bounds: limits; by default the mean at 0.05.
+        repetitions: number of texts.
+        most: the greatest number of windows.
+        ratio: ratio of the truth to the limit.
+        seed: seed of the generator.
+        spending: whether the rounds share the error; if not, each round takes all of it, which is wrong.
+        bounds: limits; by default 0.05 for the mean.
 
     Returns:
         Shares `pass`, `fail` and `inconclusive`, and the number of `windows` used on average.
@@ -188,7 +190,7 @@ def stopping(
 
 
 def first_windows(scores: Scores, windows: int) -> Scores:
-    """Return the scores of the first windows."""
+    """Return the scores of the first `windows` windows."""
     return Scores(columns={name: column[:windows] for name, column in scores.columns.items()}, about=scores.about)
 
 

@@ -14,7 +14,7 @@ def save_window(logits: Tensor, path: Path) -> None:
 
 
 def kl_per_position(reference: Tensor, candidate: Tensor) -> Tensor:
-    """Return KL(reference ‖ candidate) [n] in nats of the positions without NaN.
+    """Return KL(reference ‖ candidate) [n] in nats for the positions without NaN.
 
     Args:
         reference: [N, V] log-probabilities.

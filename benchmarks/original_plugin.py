@@ -1,7 +1,8 @@
 """The original method inside SGLang, as a plugin: float32 log-probabilities of every position, a file per window.
 
-After the procedure that this project started from: around the logits of a prefill, on rank 0, a log_softmax in float32
-on the CPU and a safetensors file, in the scheduler's own thread. `SGLANG_KLD_SAVE_DIR` names the directory.
+This follows the procedure that this project started from. On rank 0, in the scheduler's own thread, it takes the
+log_softmax of a prefill's logits in float32 on the CPU and writes it to a safetensors file. `SGLANG_KLD_SAVE_DIR` names
+the directory.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""Compare the original method with ours on one real model and print a Markdown table. See README.md beside this."""
+"""Compare the original method with ours on one real model and print a Markdown table. See README.md in this folder."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ sys.path.insert(0, str(HERE.parent / "conftest_examples" / "quickstart"))
 
 
 def main() -> None:
-    """Run every stage and print what came out."""
+    """Run every stage and print the results."""
     options = arguments()
     from make_models import make_models  # torch; not needed for --help
 
@@ -32,18 +32,20 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", type=Path, default=Path("quickstart/models"), help="where the models are, or go")
+    parser.add_argument(
+        "--models", type=Path, default=Path("quickstart/models"), help="the models' directory; made if missing"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--windows", type=int, default=6, help="windows of 512 tokens")
-    parser.add_argument("--repeats", type=int, default=5, help="repeats of each kernel; a quarter of the start-ups'")
+    parser.add_argument("--windows", type=int, default=6, help="number of windows of 512 tokens")
+    parser.add_argument("--repeats", type=int, default=5, help="repeats of each kernel; a 40th of the start-ups'")
     return parser.parse_args()
 
 
 class Stages:
-    """Runs stages, each in a process of its own."""
+    """Runs stages, each in a separate process."""
 
     def __init__(self, options: argparse.Namespace, work: Path, models: dict[str, str]) -> None:
-        """Note what all stages share."""
+        """Keep what all stages share."""
         self.shared = {
             "work": str(work),
             "models": models,
@@ -63,7 +65,7 @@ class Stages:
 
 
 def print_rows(run: Stages, options: argparse.Namespace) -> None:
-    """Measure and print the table, a section at a time."""
+    """Measure and print the table, section by section."""
     machine = f"{os.cpu_count()} cores ({platform.machine()}), device {options.device}"
     print(f"Machine: {machine}. {options.windows} windows of 512 tokens, {options.repeats} repeats.\n")
     print("| | plain | original | ours | original / ours |\n|---|---|---|---|---|")
@@ -104,7 +106,7 @@ def print_disk(figures: dict[str, Any]) -> None:
 
 
 def print_kernel(vocab_size: int, figures: dict[str, dict[str, float]]) -> None:
-    """Print the kernel's seconds; the plain column is a read of both matrices."""
+    """Print the kernel's time in seconds; the column `plain` is a read of both matrices."""
     old, read = figures["original"], figures["read"]
     for name in ("eager", "compiled"):
         new = figures[name]
@@ -119,7 +121,7 @@ def print_kernel(vocab_size: int, figures: dict[str, dict[str, float]]) -> None:
 
 
 def print_plugin(repeats: int) -> None:
-    """Print what the plugin costs a session that does not use it."""
+    """Print how much time the plugin costs a session that does not use it."""
     probe = "import sys, pytest_kld.plugin; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     clean = subprocess.run([sys.executable, "-c", probe], check=False).returncode == 0
     with tempfile.TemporaryDirectory() as folder:
@@ -127,7 +129,7 @@ def print_plugin(repeats: int) -> None:
         Path(folder, "pytest.ini").write_text("[pytest]\n")
         pytest = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
         commands = {"without": pytest, "with": [*pytest, "-p", "pytest_kld.plugin"]}
-        # Byte code is kept, as for any installed package; other plugins are left out, to measure this one.
+        # Byte code is kept, as for any installed package. Other plugins are left out, to measure only this one.
         environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPYCACHEPREFIX": folder}
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
         times: dict[str, list[float]] = {name: [] for name in commands}
@@ -161,7 +163,7 @@ def both(times: list[float]) -> str:
 
 
 def ratio(old: dict[str, float], new: dict[str, float]) -> str:
-    """Say how many times faster, by the minima."""
+    """Return how many times faster the new method is, by the minima."""
     return f"{old['min'] / new['min']:.1f}x"
 
 

@@ -1,4 +1,4 @@
-"""What capturing costs the real SGLang: no hook, ours, and the original's method, side by side. See README.md.
+"""Measure what capturing costs the real SGLang: no hook, ours, and the original method, side by side. See README.md.
 
 python benchmarks/served.py [--models DIR] [--windows N]
 """
@@ -42,9 +42,13 @@ SIZE = 512
 def main() -> None:
     """Measure and print two tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", type=Path, default=Path("quickstart/models"), help="where the models are, or go")
-    parser.add_argument("--dtype", default="float32", help="the models'; bfloat16 is slow without hardware for it")
-    parser.add_argument("--windows", type=int, default=16, help="windows of 512 tokens")
+    parser.add_argument(
+        "--models", type=Path, default=Path("quickstart/models"), help="the models' directory; made if missing"
+    )
+    parser.add_argument(
+        "--dtype", default="float32", help="the models' dtype; bfloat16 is slow without hardware support"
+    )
+    parser.add_argument("--windows", type=int, default=16, help="number of windows of 512 tokens")
     options = parser.parse_args()
     reference, candidates = make_models(options.models)
     windows = cut(reference, options.windows)
@@ -62,7 +66,7 @@ def cut(model: Path, count: int) -> Windows:
 
 
 def overhead(model: Path, windows: Windows, environment: SGLangEnvironment, work: Path) -> None:
-    """Run all three servers at once and send each window to one after the other, so that drift hits all alike."""
+    """Run all three servers at once and send each window to one after the other, so that drift affects all alike."""
     with ExitStack() as stack:
         plain, plain_boot = stack.enter_context(serving(model, environment, work / "plain.log"))
         ours, ours_boot = stack.enter_context(
@@ -87,7 +91,7 @@ def overhead(model: Path, windows: Windows, environment: SGLangEnvironment, work
 
 
 def verdict(reference: Path, candidate: Path, windows: Windows, environment: SGLangEnvironment, work: Path) -> None:
-    """Time everything from nothing to a mean KLD: two boots, two captures, one comparison."""
+    """Time everything from the first boot to a mean KLD: two boots, two captures, one comparison."""
     start = time.perf_counter()
     command = [
         *(sys.executable, "-m", "pytest", "-q", f"--kld-ref={reference}", f"--kld-candidate={candidate}"),
@@ -149,7 +153,7 @@ def serving(model: Path, environment: SGLangEnvironment, log: Path, **variables:
 def serving_original(
     model: Path, environment: SGLangEnvironment, work: Path, saved: Path
 ) -> Iterator[tuple[str, float]]:
-    """Boot a server with the original's method in it."""
+    """Boot a server that captures with the original method."""
     plugin = work / "plugin"
     metadata = plugin / "original_plugin-0.dist-info"
     metadata.mkdir(parents=True, exist_ok=True)
@@ -175,13 +179,13 @@ def send(url: str, windows: Windows, index: int, rid: str | None = None) -> None
 
 
 def alternate(senders: dict[str, Callable[[int], None]], count: int) -> dict[str, list[float]]:
-    """Send each window to each server in turn, after one to warm up; return seconds."""
+    """Send each window to each server in turn, after one window to warm up; return the seconds that each took."""
     times: dict[str, list[float]] = {name: [] for name in senders}
     for name in senders:
         senders[name](0)
     names = list(senders)
     for index in range(count):
-        for name in names[index % len(names) :] + names[: index % len(names)]:  # what went before hits all alike
+        for name in names[index % len(names) :] + names[: index % len(names)]:  # what ran before affects all alike
             start = time.perf_counter()
             senders[name](index)
             times[name].append(time.perf_counter() - start)

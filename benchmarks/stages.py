@@ -1,4 +1,4 @@
-"""What is measured. Each stage runs in a process of its own and prints one JSON object."""
+"""The stages that run.py measures. Each stage runs in a separate process and prints one JSON object."""
 
 import json
 import resource
@@ -37,8 +37,8 @@ class Run:
     """What all stages share.
 
     Attributes:
-        work: directory of captures and other files.
-        models: reference and candidate.
+        work: directory for captures and other files.
+        models: directories of reference and candidate.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         windows: number of windows of 512 tokens.
         repeats: how often each timing is taken.
@@ -68,7 +68,7 @@ def peak_bytes(device: torch.device) -> int:
     """Return the process's peak memory: the GPU's on CUDA, else the resident set."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    # ru_maxrss would begin at the parent's size; VmHWM is this program's own.
+    # ru_maxrss would start at the parent's size; VmHWM is this program's own.
     lines = Path("/proc/self/status").read_text().splitlines() if sys.platform == "linux" else []
     own = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")]
     return own[0] if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -84,7 +84,7 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def alternate(works: dict[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, dict[str, float]]:
-    """Time each work in turn, again and again, after one call each; return median and minimum."""
+    """Time the functions in turn, `repeats` times, after one call of each; return median and minimum in seconds."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for repeat in range(repeats + 1):
         for name, work in works.items():
@@ -107,7 +107,7 @@ def record(run: Run, side: str, windows: Windows, store: str = "hidden", dtype: 
 
 
 def disk(run: Run) -> dict[str, Any]:
-    """Bytes per position of each store's matrix, and what is kept once or per window beside it."""
+    """Return bytes per position of each store's matrix, and the bytes that are kept once or per window beside it."""
     windows = run.cut()
     result = {}
     for dtype in ("float32", "bfloat16"):
@@ -126,7 +126,7 @@ def disk(run: Run) -> dict[str, Any]:
 
 
 def capture(run: Run, method: str, side: str) -> dict[str, Any]:
-    """Seconds per window and memory above the model of: a plain forward pass, our capture, the original's."""
+    """Return seconds per window and memory above the model of a plain forward pass, our capture, or the original's."""
     windows = run.cut()
     engine = TransformersEngine(device=str(run.device))
     with engine.open(run.subject(side)) as loaded:
@@ -149,13 +149,13 @@ def capture(run: Run, method: str, side: str) -> dict[str, Any]:
 
 
 def make_captures(run: Run) -> dict[str, Any]:
-    """Make both captures in this process, so that the memory of models does not count as the comparison's."""
+    """Make both captures in a separate process, so that the models' memory does not count as the comparison's."""
     windows = run.cut()
     return {side: str(record(run, side, windows)) for side in ("reference", "candidate")}
 
 
 def compare_ours(run: Run) -> dict[str, Any]:
-    """Seconds per window of our comparison, and its memory above the imported libraries."""
+    """Return seconds per window of our comparison, and its memory above the imported libraries."""
     windows = run.cut()
     sides = [Capture.open(record(run, side, windows), windows) for side in ("reference", "candidate")]
     return _compare(run, sides, windows)
@@ -173,7 +173,7 @@ def _compare(run: Run, sides: list[Capture], windows: Windows) -> dict[str, Any]
 
 
 def compare_original(run: Run) -> dict[str, Any]:
-    """Seconds per window of the original comparison, and its memory."""
+    """Return seconds per window of the original comparison, and its memory."""
     base, times, kl = peak_bytes(run.device), [], []
     for window in range(run.windows):
         paths = [run.work / f"original-{side}" / f"{window}.safetensors" for side in ("reference", "candidate")]
@@ -186,7 +186,7 @@ def compare_original(run: Run) -> dict[str, Any]:
 
 
 def kernel(run: Run, vocab_size: int) -> dict[str, Any]:
-    """Seconds from logits (float32, 512 positions) to figures: the original's operations, ours, and a plain read."""
+    """Time the way from logits (float32, 512 positions) to figures: the original operations, ours, and a plain read."""
     torch.manual_seed(0)
     reference = torch.randn(SIZE, vocab_size, device=run.device).mul_(3)
     candidate = torch.randn(SIZE, vocab_size, device=run.device).mul_(0.1).add_(reference)
@@ -205,7 +205,7 @@ def kernel(run: Run, vocab_size: int) -> dict[str, Any]:
 
 
 def make_wide_capture(run: Run, count: int) -> dict[str, Any]:
-    """Make a tiny model with V = 262,144, once, and its capture."""
+    """Make a tiny model with V = 262,144, if it is not there yet, and its capture."""
     folder = run.work / "wide"
     if not folder.exists():
         torch.manual_seed(0)
@@ -217,14 +217,14 @@ def make_wide_capture(run: Run, count: int) -> dict[str, Any]:
 
 
 def compare_wide(run: Run, count: int) -> dict[str, Any]:
-    """Memory of our comparison at V = 262,144 above the libraries, heads included, for a number of windows."""
+    """Return the memory of our comparison at V = 262,144 above the libraries, heads included, for `count` windows."""
     windows = run.cut(count)
     opened = Capture.open(record(run, "wide", windows), windows)
     return _compare(replace(run, repeats=1), [opened, opened], windows)
 
 
 def main() -> None:
-    """Run the stage that the one argument describes, as JSON."""
+    """Run the stage that the only command-line argument describes in JSON."""
     asked = json.loads(sys.argv[1])
     run = Run(
         work=Path(asked["work"]),

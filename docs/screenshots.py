@@ -1,6 +1,6 @@
-"""Takes the pictures in docs/images: gates three quantizations of a tiny model and opens the report in Chromium.
+"""Take the pictures in docs/images: gate three quantizations of a tiny model and open the report in Chromium.
 
-Run it in the tests' environment: `.venv/bin/python docs/screenshots.py`.
+Run it in the test environment: `.venv/bin/python docs/screenshots.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 ROOT = Path(__file__).parent.parent
 sys.path += [str(ROOT / "tests"), str(ROOT / "conftest_examples/quickstart")]
 
-from browser import Browser  # noqa: E402 (it is with the tests)
+from browser import Browser  # noqa: E402 (it is in tests/)
 from make_models import round_weights  # noqa: E402
 
 from pytest_kld.text.corpus import load_corpus  # noqa: E402
@@ -30,7 +30,7 @@ DESKTOP, PHONE = 1100, 390
 
 
 def main() -> None:
-    """Make the models, gate them, and take a light, a dark and a phone's picture."""
+    """Make the models, gate them, and take pictures in light mode, in dark mode and of a phone."""
     images = ROOT / "docs/images"
     images.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as directory, Browser() as browser:
@@ -46,7 +46,7 @@ def main() -> None:
 
 @torch.no_grad()
 def make_models(root: Path) -> None:
-    """Save a random model with a tokenizer of the text it is run on, and its quantizations."""
+    """Save a random model and its quantizations, with a tokenizer trained on the text that they run on."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=1000, show_progress=False)
@@ -74,7 +74,7 @@ def make_models(root: Path) -> None:
 
 
 def gate(root: Path) -> Path:
-    """Write the report. Some gate fails, as it should."""
+    """Run the gate and return the path of its HTML report. At least one candidate fails, as it should."""
     (root / "pytest.ini").write_text("[pytest]\n")
     command = [
         *(sys.executable, "-m", "pytest", "--kld-ref=reference", *(f"--kld-candidate={name}" for name in FORMATS)),

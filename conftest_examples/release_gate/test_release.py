@@ -1,11 +1,11 @@
-"""What a checkpoint has to pass before it is released. The models and two limits are in pytest.ini."""
+"""The tests that a checkpoint must pass before it is released. The models and two limits are in pytest.ini."""
 
 import pytest
 
 
 @pytest.mark.kld(min_top1=0.9, max_ppl_ratio=1.02)
 def test_checkpoint_is_fit_for_release():
-    """The limits of pytest.ini hold as well."""
+    """The limits in pytest.ini apply as well."""
 
 
 def test_tail_is_in_proportion(kld):
