@@ -35,6 +35,7 @@ GOOD: dict[str, tuple[str, Any]] = {
     "cache_size": ("1.5 GB", 1_500_000_000),
     "hash": ("full", "full"),
     "refresh": ("true", True),
+    "strict_cache": ("true", True),
 }
 """For each option that takes no path and no model: a text and what it means."""
 PATHS = ("cache_dir", "junit", "json", "html", "capture_dir")
@@ -119,7 +120,7 @@ def test_defaults_are_the_standard_protocol(read: Any) -> None:
     assert (values["dataset"], values["store"], values["head"]) == (["wikitext-2"], "auto", "exact")
     assert (values["each_dataset"], values["skip_first"], values["metrics"]) == (False, 0, "core")
     assert (values["dtype"], values["device"]) == ("auto", "auto")
-    assert (values["trust_remote_code"], values["refresh"]) == (False, False)
+    assert (values["trust_remote_code"], values["refresh"], values["strict_cache"]) == (False, False, False)
     assert values["bounds"] == {"max_nan": 0, "max_ref_nan": 0, "max_cut_mass": 0.01}
     assert (values["ref"], values["candidate"], values["junit"], values["json"]) == (None, [], None, None)
     assert Path(values["cache_dir"]).name == "pytest-kld"
