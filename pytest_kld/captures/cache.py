@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from pytest_kld.captures.quarantine import Quarantine
 from pytest_kld.errors import CacheError
 from pytest_kld.files import sha256_of_json
 
@@ -27,8 +28,15 @@ _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# A cache of pytest-kld. Se
 class Cache:
     """Captures and scores under one root, each named by the digest of what determines it.
 
-    Complete entries appear by a rename, so that is what guarantees that nobody reads half of one. The lock only
-    saves the work of making the same entry twice.
+    Complete entries appear by a rename and disappear by one, so nobody finds half of one. The lock only saves the work
+    of making the same entry twice.
+
+        captures/NAME/                 a capture, see capture.py
+        captures/NAME.partial/         one that is being made, or that was interrupted, see journal.py
+        scores/NAME.safetensors        the scores of a pair, see scores.py
+        quarantine/NAME-TIME           damaged entries, see quarantine.py
+        discarded/                     entries on their way out; what a killed session leaves here is swept
+
     """
 
     def __init__(self, root: Path, refreshed_since: float | None = None) -> None:
@@ -44,6 +52,7 @@ class Cache:
         """
         self.root = root
         self.refreshed_since = refreshed_since
+        self.quarantine = Quarantine(root / "quarantine")
         try:
             root.mkdir(parents=True, exist_ok=True)
             tag = root / "CACHEDIR.TAG"
@@ -65,10 +74,15 @@ class Cache:
 
     def holds(self, made: Path) -> bool:
         """Tell whether an entry may be used, by its file (the manifest of a capture), and note the use."""
-        there = made.is_file() and (self.refreshed_since is None or made.stat().st_mtime >= self.refreshed_since)
-        if there:
+        try:
+            known = made.stat()
+        except OSError:
+            return False
+        there = stat.S_ISREG(known.st_mode)
+        if there and (self.refreshed_since is None or known.st_mtime >= self.refreshed_since):
             self.mark_used(made)
-        return there
+            return True
+        return False
 
     @contextmanager
     def lock(self, entry: Path, on_wait: Callable[[], None]) -> Iterator[None]:
@@ -99,27 +113,39 @@ class Cache:
         return entry.with_name(f"{entry.name}.partial")
 
     def publish(self, entry: Path) -> None:
-        """Give a finished partial directory its entry's name."""
+        """Give a finished partial directory its entry's name. An entry that has the name already gives way.
+
+        Raises:
+            CacheError: that cannot be done.
+
+        """
+        self.discard(entry)
         try:
             self.partial(entry).replace(entry)
         except OSError as error:
             raise CacheError(f"cannot complete the cache entry {entry}: {error}") from error
 
-    def discard(self, entry: Path) -> None:
-        """Remove an entry and what an interrupted session left of it.
+    def discard(self, path: Path) -> None:
+        """Remove an entry, or a partial directory. It is renamed first, so that it vanishes as a whole.
 
         Raises:
-            CacheError: something of it cannot be removed.
+            CacheError: it cannot be removed.
 
         """
+        gone = self.root / "discarded" / f"{path.name}-{uuid.uuid4().hex}"
         try:
-            for path in (entry, self.partial(entry)):
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+            gone.parent.mkdir(exist_ok=True)
+            try:
+                path.replace(gone)
+            except FileNotFoundError:
+                return
+            gone.touch()  # its age is judged by this time, see sweep.py
+            if gone.is_dir():
+                shutil.rmtree(gone)
+            else:
+                gone.unlink()
         except OSError as error:
-            raise CacheError(f"cannot remove the cache entry {entry}: {error}. Remove it by hand.") from error
+            raise CacheError(f"cannot remove the cache entry {path}: {error}. Remove it by hand.") from error
 
     def mark_used(self, made: Path) -> None:
         """Note that an entry is used now, in the access time of its file (the manifest of a capture)."""
@@ -130,6 +156,8 @@ class Cache:
 
     def shrink(self, size: int) -> tuple[int, int]:
         """Remove the entries that were used least recently, until the others fit; those of the last 24 hours stay.
+
+        What is in quarantine is removed first.
 
         Args:
             size: bytes that entries may take together.
@@ -148,22 +176,33 @@ class Cache:
                 (used, taken), (last, more) = entries.get(entry, (0.0, 0)), _use_and_bytes(path)
                 entries[entry] = max(used, last), taken + more
         total, removed = sum(taken for _, taken in entries.values()), 0
+        total += self.quarantine.shrink(size - total)
         for entry, (used, taken) in sorted(entries.items(), key=lambda item: item[1]):
             if total <= size or used > time.time() - _KEPT_SECONDS:
                 break
             with suppress(Timeout), FileLock(_lock_file(entry)).acquire(timeout=0):
                 self.discard(entry)
+                self.discard(self.partial(entry))
                 total, removed = total - taken, removed + 1
         return removed, total
 
-    def require_free(self, needed_bytes: int, what: str) -> int:
-        """Return the free bytes of the disk.
+    def require_free(self, needed_bytes: int, what: str, entry: Path) -> int:
+        """Return the free bytes of the disk. If they are too few, the quarantine and the old entry are removed first.
+
+        Args:
+            needed_bytes: how many are needed.
+            what: that needs them.
+            entry: where it will be; what is there already is out of date.
 
         Raises:
             CacheError: fewer than needed; both are named.
 
         """
         free: int = shutil.disk_usage(self.root).free
+        if needed_bytes > free:
+            self.quarantine.shrink(0)
+            self.discard(entry)
+            free = shutil.disk_usage(self.root).free
         if needed_bytes > free:
             raise CacheError(
                 f"{what} needs {format_bytes(needed_bytes)} and {self.root} has {format_bytes(free)} free. Free some "

@@ -12,9 +12,9 @@ saved their speculative head too) the even-numbered ones count.
 
 from __future__ import annotations
 
-import json
+import stat
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,9 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pytest_kld.captures.shape import check_manifest
-from pytest_kld.errors import CaptureError
-from pytest_kld.files import atomic_path, sha256_of_file, sha256_of_json, write_json
+from pytest_kld.captures.manifest import HEAD_FILE, MANIFEST, manifest_of_original_layout, read_manifest
+from pytest_kld.errors import CaptureError, DamagedCaptureError
+from pytest_kld.files import atomic_path, sha256_of_file, sha256_of_json
 from pytest_kld.kernel.head import Head, HeadCheck, HeadMode, check_head
 
 if TYPE_CHECKING:
@@ -35,21 +35,12 @@ if TYPE_CHECKING:
     from pytest_kld.text.windows import Windows
 
 Store = Literal["auto", "hidden", "logits", "logprobs"]
-SCHEMA = 1
-"""Version of the capture format; it is part of the cache key."""
-MANIFEST = "capture.json"
-HEAD_FILE = "head.safetensors"
-
 MATRIX = {"hidden": "hidden", "logits": "logits", "logprobs": "log_probs"}
 """The name of a window's matrix, by store."""
-_WAY_OUT = "Delete that directory, or pass --kld-refresh where it is in the cache, to capture anew."
+Stamp = tuple[int, int, int]
+"""What tells a file from one that took its place: inode, bytes, time of the last change in nanoseconds."""
 _CHECKED_ELEMENTS = 1 << 22
 """Logits from which on a group of check rows is recomputed and compared, in a few float32 matrices of that size."""
-
-
-def window_file(store: str, index: int) -> str:
-    """Return the name of a window's file within a capture."""
-    return f"{index}.safetensors" if store == "logprobs" else f"windows/{index:05d}.safetensors"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -71,11 +62,14 @@ class Capture:
     Attributes:
         path: its directory.
         manifest: the contents of `capture.json`.
+        stamps: what each file was when the capture was opened, by its name. A file that is another by now is not
+            read: another process may have replaced the capture, and two captures must not be mixed.
 
     """
 
     path: Path
     manifest: dict[str, Any]
+    stamps: Mapping[str, Stamp] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, path: Path, windows: Windows | None = None) -> Capture:
@@ -86,20 +80,24 @@ class Capture:
             windows: what it is expected to cover; needed for the original layout, which has no manifest.
 
         Raises:
-            CaptureError: incomplete, of another schema, or not of these windows.
+            DamagedCaptureError: incomplete, or of another schema.
+            CaptureError: not a capture, or not of these windows.
 
         """
         if (path / MANIFEST).is_file():
-            capture = cls(path=path, manifest=_read_manifest(path))
+            manifest = read_manifest(path)
         elif windows is not None:
-            capture = cls(path=path, manifest=_manifest_of_original_layout(path, windows.count))
+            manifest = manifest_of_original_layout(path, windows.count)
         else:
             raise CaptureError(f"{path} holds no {MANIFEST}: it is not a capture")
-        for name, entry in capture.manifest["files"].items():
-            file = path / name
-            if not file.is_file() or file.stat().st_size != entry["bytes"]:
-                state = f"has {file.stat().st_size:,} bytes" if file.is_file() else "is missing"
-                raise CaptureError(f"{file} {state}, expected {entry['bytes']:,} bytes. {_WAY_OUT}")
+        stamps = {}
+        for name, entry in manifest["files"].items():
+            stamp = _stamp(path / name)
+            if stamp is None or stamp[1] != entry["bytes"]:
+                state = "is missing" if stamp is None else f"has {stamp[1]:,} bytes"
+                raise DamagedCaptureError(path, f"{path / name} {state}, expected {entry['bytes']:,} bytes.")
+            stamps[name] = stamp
+        capture = cls(path=path, manifest=manifest, stamps=stamps)
         if windows is not None:
             capture._check_windows(windows)
         return capture
@@ -157,18 +155,33 @@ class Capture:
         """Check every byte against the manifest's digests and the head against the check rows.
 
         Raises:
-            CaptureError: names the file that is corrupt, or says that the head is not the engine's.
+            DamagedCaptureError: names the file that is corrupt, or says that the head is not the engine's.
 
         """
         for name, entry in self.manifest["files"].items():
-            if entry["sha256"] is not None and sha256_of_file(self.path / name) != entry["sha256"]:
-                raise CaptureError(f"{self.path / name} is corrupt: its SHA-256 is not the manifest's. {_WAY_OUT}")
+            if entry["sha256"] is not None and self._sha256(name) != entry["sha256"]:
+                raise self._damaged(f"{self.path / name} is corrupt: its SHA-256 is not the manifest's.")
         if self.store == "hidden":
             check = self.check_head()
             if not check.faithful:
-                raise CaptureError(
+                raise self._damaged(
                     f"the capture {self.path} is invalid: logits recomputed from its hidden states differ from the "
-                    f"engine's own by {check.worst:.3g} times what the engine's dtype explains. {_WAY_OUT}"
+                    f"engine's own by {check.worst:.3g} times what the engine's dtype explains."
+                )
+        self.require_unchanged()
+
+    def require_unchanged(self) -> None:
+        """Check that every file is the one that was opened, by its stamp.
+
+        Raises:
+            DamagedCaptureError: names the file that was replaced, changed or removed since.
+
+        """
+        for name, stamp in self.stamps.items():
+            if _stamp(self.path / name) != stamp:
+                raise self._damaged(
+                    f"{self.path / name} was replaced, changed or removed since this session opened it. Does another "
+                    "process write there?"
                 )
 
     def check_head(self) -> HeadCheck:
@@ -219,11 +232,20 @@ class Capture:
             shape = file.get_slice(MATRIX[self.store]).get_shape()
         if len(shape) != 2:
             file_name = self.path / self.manifest["window_files"][window]
-            raise CaptureError(
+            raise self._damaged(
                 f"{file_name}: {MATRIX[self.store]} has {len(shape)} dimensions "
-                f"(shape {shape}), expected 2: [positions, vocabulary]. {_WAY_OUT}"
+                f"(shape {shape}), expected 2: [positions, vocabulary]."
             )
         return int(shape[0]), int(shape[1])
+
+    def _sha256(self, name: str) -> str:
+        try:
+            return sha256_of_file(self.path / name)
+        except OSError as error:
+            raise self._damaged(f"cannot read {self.path / name}: {error}.") from error
+
+    def _damaged(self, what: str) -> DamagedCaptureError:
+        return DamagedCaptureError(self.path, what)
 
     def _open_window(self, window: int) -> AbstractContextManager[Any]:
         return self._open_file(self.manifest["window_files"][window])
@@ -232,9 +254,20 @@ class Capture:
     def _open_file(self, name: str) -> Iterator[Any]:
         try:
             with safe_open(self.path / name, framework="pt") as file:
+                if name in self.stamps and _stamp(self.path / name) != self.stamps[name]:
+                    self.require_unchanged()
                 yield file
         except (OSError, SafetensorError) as error:
-            raise CaptureError(f"cannot read {self.path / name}: {error}. {_WAY_OUT}") from error
+            raise self._damaged(f"cannot read {self.path / name}: {error}.") from error
+
+
+def _stamp(path: Path) -> Stamp | None:
+    """Return a regular file's stamp, or None if there is none."""
+    try:
+        known = path.stat()
+    except OSError:
+        return None
+    return (known.st_ino, known.st_size, known.st_mtime_ns) if stat.S_ISREG(known.st_mode) else None
 
 
 def combine_checks(checks: list[HeadCheck]) -> HeadCheck:
@@ -246,65 +279,6 @@ def combine_checks(checks: list[HeadCheck]) -> HeadCheck:
         mean_kl=sum(check.mean_kl * check.rows for check in checks if check.rows) / max(rows, 1),
         dtype=" and ".join(sorted({check.dtype for check in checks})),
     )
-
-
-def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest of a finished capture, with a digest of itself."""
-    write_json(path / MANIFEST, {**manifest, "sha256": sha256_of_json(manifest)})
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        intact = manifest.pop("sha256") == sha256_of_json(manifest)
-        usable = manifest["schema"] == SCHEMA and manifest["complete"] is True
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CaptureError(f"the manifest {path / MANIFEST} is corrupt ({error!r}). {_WAY_OUT}") from error
-    if not intact:
-        raise CaptureError(f"the manifest {path / MANIFEST} is corrupt: its SHA-256 is another. {_WAY_OUT}")
-    if not usable:
-        raise CaptureError(
-            f"the capture {path} is incomplete or of schema {manifest['schema']}, not {SCHEMA}. {_WAY_OUT}"
-        )
-    try:
-        check_manifest(manifest, head_file=HEAD_FILE, window_file=window_file)
-    except ValueError as error:
-        raise CaptureError(f"the manifest {path / MANIFEST} is not a capture's: {error}. {_WAY_OUT}") from error
-    return manifest
-
-
-def _manifest_of_original_layout(path: Path, windows: int) -> dict[str, Any]:
-    count = sum(1 for file in path.glob("*.safetensors") if file.stem.isdecimal())
-    if count == windows:
-        names = [f"{index}.safetensors" for index in range(windows)]
-    elif count == 2 * windows:
-        names = [f"{index}.safetensors" for index in range(0, count, 2)]
-    else:
-        raise CaptureError(
-            f"{path} holds {count} window files, and this session has {windows} windows: expected {windows}, or "
-            f"{2 * windows} where a speculative head was saved too. Give the --kld-windows it was made with."
-        )
-    if missing := [name for name in names if not (path / name).is_file()]:
-        raise CaptureError(f"{path / missing[0]} is missing")
-    sizes = {name: (path / name).stat() for name in names}
-    return {
-        "schema": SCHEMA,
-        "complete": True,
-        "key": None,
-        "model": path.name,
-        "engine": None,
-        "protocol": None,
-        "store": "logprobs",
-        "store_reason": f"original layout, {count} files for {windows} windows",
-        "vocab_size": None,
-        "transforms": None,
-        "checks": None,
-        "window_files": names,
-        # Without a manifest nobody knows what the bytes should be; the time stamp tells versions apart.
-        "files": {
-            name: {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": None} for name, stat in sizes.items()
-        },
-    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,26 +1,46 @@
-"""The library of captures: hands out those that the cache holds, and has the others recorded."""
+"""The library of captures: hands out those that the cache holds, has the others recorded, and mends damaged ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pytest_kld.captures.capture import MANIFEST, SCHEMA, Capture
+from pytest_kld.captures.capture import Capture
+from pytest_kld.captures.journal import Journal
+from pytest_kld.captures.manifest import MANIFEST, SCHEMA
 from pytest_kld.captures.recording import Recording, adopt_windows
-from pytest_kld.errors import CaptureError
+from pytest_kld.errors import CacheWarning, CaptureError, DamagedCaptureError
+from pytest_kld.files import sha256_of_json
 from pytest_kld.subjects.model import is_capture
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from pytest_kld.captures.cache import Cache
-    from pytest_kld.captures.capture import Store
+    from pytest_kld.captures.capture import Stamp, Store
     from pytest_kld.engines import Engine
     from pytest_kld.progress import Progress
     from pytest_kld.subjects.model import ModelSpec
     from pytest_kld.subjects.subject import Subject
     from pytest_kld.text.windows import Windows
+
+T = TypeVar("T")
+
+_TRIES = 4
+"""How often work over captures is begun while captures turn out to be damaged or are replaced meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Obtained:
+    """A capture that came from here, and what is needed to record it again."""
+
+    capture: Capture
+    subject: Subject
+    windows: Windows
+    rounds: Sequence[Windows]
+    key: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +52,8 @@ class CaptureLibrary:
         engine: returns an engine by its name.
         identify: returns what determines a pinned model's bits, as JSON.
         store: what they keep.
-        progress: told of what is recorded, and of waiting.
+        progress: told of what is recorded, of waiting, and of what is mended.
+        strict: whether a damaged entry of the cache is an error.
 
     """
 
@@ -41,7 +62,10 @@ class CaptureLibrary:
     identify: Callable[[ModelSpec], dict[str, Any]]
     store: Store
     progress: Progress
-    _subjects: dict[Path, Subject] = field(default_factory=dict)
+    strict: bool = False
+    _obtained: dict[Path, _Obtained] = field(default_factory=dict)
+    _named: set[Path] = field(default_factory=set)
+    _verified: dict[Path, Mapping[str, Stamp]] = field(default_factory=dict)
 
     def obtain(
         self,
@@ -67,34 +91,135 @@ class CaptureLibrary:
         """
         path = subject.spec.path
         if path is not None and is_capture(path):
+            self._named.add(path)
             return Capture.open(path, rounds[-1] if rounds else windows)
         subject = subject.pin()
-        key = self._key(subject, windows)
-        entry = self.cache.capture_entry(key)
-        for more in (more for more in rounds if more.count > windows.count):
-            larger = self._entry_of(key, more)
-            if self.cache.holds(larger / MANIFEST):
-                entry, windows = larger, more
+        for covered in [*(more for more in reversed(rounds) if more.count > windows.count), windows]:
+            key = self._key(subject, covered)
+            entry = self.cache.capture_entry(key)
+            if covered is not windows and not self.cache.holds(entry / MANIFEST):
+                continue
+            with self.cache.lock(entry, lambda: self._say_waiting(subject)):
+                capture = self._take(entry, covered, key)
+                if capture is None and covered is windows:
+                    capture = self._record(entry, subject, windows, rounds, key, before)
+            if capture is not None:
+                self._obtained[entry] = _Obtained(capture, subject, covered, rounds, key)
+                return capture
+        raise AssertionError("the last of them is recorded if it is not there")
+
+    def current(self, capture: Capture) -> Capture:
+        """Return a capture as it is now: it may have been recorded again since it was obtained."""
+        known = self._obtained.get(capture.path)
+        return capture if known is None or capture.path in self._named else known.capture
+
+    def verify(self, capture: Capture) -> None:
+        """Check a capture's contents, once in a session for the same files.
+
+        Raises:
+            DamagedCaptureError: see `Capture.verify`.
+
+        """
+        if capture.stamps and self._verified.get(capture.path) == capture.stamps:
+            capture.require_unchanged()
+            return
+        capture.verify()
+        self._verified[capture.path] = capture.stamps
+
+    def mending(self, work: Callable[[], T]) -> T:
+        """Do work over captures. If one of the cache turns out to be damaged, mend it and begin the work again.
+
+        Args:
+            work: what is done; it asks `current` for its captures, and holds no lock when it raises.
+
+        Raises:
+            DamagedCaptureError: of a capture that was named by its path, or with --kld-strict-cache.
+
+        """
+        for _ in range(_TRIES - 1):
+            try:
+                return work()
+            except DamagedCaptureError as damage:
+                self._mend(damage)
+        return work()
+
+    def _mend(self, damage: DamagedCaptureError) -> None:
+        """Put a good capture in a damaged one's place, unless another process has done so already."""
+        entry = damage.path
+        known = self._obtained.get(entry)
+        if known is None or entry in self._named:
+            raise damage
+        subject, windows, rounds, key = known.subject, known.windows, known.rounds, known.key
         with self.cache.lock(entry, lambda: self._say_waiting(subject)):
-            if not self.cache.holds(entry / MANIFEST):
-                if entry.exists() or self.cache.refreshed_since is not None:
-                    self.cache.discard(entry)
-                before()
-                for fewer in (fewer for fewer in rounds if fewer.count < windows.count):
-                    smaller = self._entry_of(key, fewer)
-                    if self.cache.holds(smaller / MANIFEST):
-                        adopt_windows(Capture.open(smaller, fewer), self.cache.partial(entry))
-                recording = Recording(
-                    engine=self.engine(subject.engine), subject=subject, windows=windows, store=self.store, key=key
-                )
-                recording.run(self.cache, entry, self.progress)
-                if self.identify(subject.spec) != key["model"]:
-                    self.cache.discard(entry)
-                    raise CaptureError(
-                        f"the files of {subject.spec.label} changed while it was captured. The capture is removed; run "
-                        "again when they are complete."
-                    )
-        self._subjects[entry] = subject
+            capture = self._take(entry, windows, key, thoroughly=True)
+            if capture is None:
+                capture = self._record(entry, subject, windows, rounds, key, lambda: None)
+            else:
+                self.progress.note(f"another process replaced the cache entry {entry}; going on with the new one")
+        self._obtained[entry] = _Obtained(capture, subject, windows, rounds, key)
+
+    def _take(self, entry: Path, windows: Windows, key: dict[str, Any], *, thoroughly: bool = False) -> Capture | None:
+        """Return the capture that the cache holds; None if there is none, or if it was damaged and is set aside."""
+        if not self.cache.holds(entry / MANIFEST):
+            if entry.exists() and self.cache.refreshed_since is None:
+                self._set_aside(entry, DamagedCaptureError(entry, f"the capture {entry} has no {MANIFEST}."))
+            return None
+        try:
+            capture = _open_entry(entry, windows, key)
+            if thoroughly:
+                self.verify(capture)
+        except CaptureError as damage:
+            self._set_aside(entry, damage)
+            return None
+        return capture
+
+    def _set_aside(self, entry: Path, damage: CaptureError) -> None:
+        """Move a damaged entry to the quarantine and say so.
+
+        Raises:
+            CaptureError: the damage, with --kld-strict-cache.
+
+        """
+        if self.strict:
+            raise damage
+        what = damage.what if isinstance(damage, DamagedCaptureError) else str(damage)
+        say_set_aside(entry, self.cache.quarantine.take(entry), what, self.progress)
+
+    def _record(
+        self,
+        entry: Path,
+        subject: Subject,
+        windows: Windows,
+        rounds: Sequence[Windows],
+        key: dict[str, Any],
+        before: Callable[[], None],
+    ) -> Capture:
+        """Record a capture as a cache entry, beginning with what the rounds before it have.
+
+        Raises:
+            CaptureError: the model's files changed while it was captured.
+
+        """
+        if self.cache.refreshed_since is not None:
+            self.cache.discard(self.cache.partial(entry))
+        before()
+        for fewer in (fewer for fewer in rounds if fewer.count < windows.count):
+            their_key = {**key, "token_ids_sha256": fewer.digest}
+            smaller = self.cache.capture_entry(their_key)
+            if self.cache.holds(smaller / MANIFEST):
+                try:
+                    adopt_windows(_open_entry(smaller, fewer, their_key), Journal(self.cache.partial(entry), key))
+                except CaptureError as damage:  # it is set aside when it is asked for itself
+                    self.progress.note(f"{subject.label}: a capture of fewer windows is not continued: {damage}")
+        engine = self.engine(subject.engine)
+        recording = Recording(engine=engine, subject=subject, windows=windows, store=self.store, key=key)
+        recording.run(self.cache, entry, self.progress)
+        if self.identify(subject.spec) != key["model"]:
+            self.cache.discard(entry)
+            raise CaptureError(
+                f"the files of {subject.spec.label} changed while it was captured. The capture is removed; run again "
+                "when they are complete."
+            )
         return Capture.open(entry, windows)
 
     def extend(
@@ -123,7 +248,8 @@ class CaptureLibrary:
 
     def subject_of(self, capture: Capture) -> Subject | None:
         """Return what a capture is of, if it was obtained here and not named by its path."""
-        return self._subjects.get(capture.path)
+        known = self._obtained.get(capture.path)
+        return None if known is None else known.subject
 
     def _key(self, subject: Subject, windows: Windows) -> dict[str, Any]:
         return {
@@ -136,9 +262,28 @@ class CaptureLibrary:
             "store": self.store,
         }
 
-    def _entry_of(self, key: dict[str, Any], windows: Windows) -> Path:
-        """Return the entry of the same capture over other windows."""
-        return self.cache.capture_entry({**key, "token_ids_sha256": windows.digest})
-
     def _say_waiting(self, subject: Subject) -> None:
         self.progress.note(f"waiting for another process that makes the capture of {subject.label}")
+
+
+def say_set_aside(entry: Path, taken: Path | None, what: str, progress: Progress) -> None:
+    """Say that a damaged entry is made anew: at once, and in the warnings at the end, which xdist and -q show too."""
+    where = "is gone" if taken is None else f"was moved to {taken}"
+    text = f"the cache entry {entry} was damaged, {where} and is made anew if it is needed. What was wrong: {what}"
+    progress.note(text)
+    warnings.warn(text, CacheWarning, stacklevel=2)
+
+
+def _open_entry(entry: Path, windows: Windows, key: dict[str, Any]) -> Capture:
+    """Open an entry of the cache.
+
+    Raises:
+        CaptureError: it is damaged, or the capture of something else that somebody put under this name.
+
+    """
+    capture = Capture.open(entry, windows)
+    if sha256_of_json(capture.manifest.get("key")) != sha256_of_json(key):
+        raise DamagedCaptureError(
+            entry, f"{entry / MANIFEST} has another key than its directory's name says: it is another capture's."
+        )
+    return capture

@@ -12,17 +12,10 @@ from torch import Tensor
 
 from pytest_kld import __version__
 from pytest_kld.captures.cache import Cache, format_bytes
-from pytest_kld.captures.capture import (
-    HEAD_FILE,
-    MATRIX,
-    SCHEMA,
-    Capture,
-    file_entry,
-    window_file,
-    write_manifest,
-    write_tensors,
-)
-from pytest_kld.errors import CaptureError, ModelError
+from pytest_kld.captures.capture import MATRIX, Capture, write_tensors
+from pytest_kld.captures.journal import Journal, remove_others
+from pytest_kld.captures.manifest import HEAD_FILE, MANIFEST, SCHEMA, window_file, write_manifest
+from pytest_kld.errors import CacheError, CaptureError, ModelError
 from pytest_kld.files import atomic_path, sha256_of_file
 from pytest_kld.kernel.head import Head, HeadCheck, check_head
 
@@ -67,6 +60,7 @@ class Recording:
                 was asked for, or the disk is too small. Complete windows stay and are used by the next try.
 
         """
+        journal = Journal(cache.partial(entry), self.key)
         facts = self.engine.facts(self.subject)
         require_fits(facts, self.windows, self.subject.label)
         self._require_free(cache, entry, facts, "hidden" if self.store == "auto" else self.store, progress)
@@ -81,7 +75,7 @@ class Recording:
             def require_free(dtype: torch.dtype) -> None:
                 self._require_free(cache, entry, loaded.facts, store, progress, dtype)
 
-            files = self._write_windows(partial, loaded, store, progress, require_free)
+            files = self._write_windows(journal, loaded, store, progress, require_free)
             if head is not None:
                 files[HEAD_FILE] = write_tensors(partial / HEAD_FILE, head.tensors())
             manifest = self._manifest(loaded.facts, head, store, reason, files)
@@ -94,6 +88,10 @@ class Recording:
                 )
             manifest["checks"] = check.to_json()
         write_manifest(partial, manifest)
+        try:
+            remove_others(partial, {MANIFEST, *files})
+        except OSError as error:
+            raise CacheError(f"cannot complete the cache entry {entry}: {error}") from error
         cache.publish(entry)
 
     @property
@@ -135,7 +133,7 @@ class Recording:
 
     def _write_windows(
         self,
-        partial: Path,
+        journal: Journal,
         loaded: LoadedModel,
         store: str,
         progress: Progress,
@@ -144,7 +142,7 @@ class Recording:
         """Run the windows that are missing and write them.
 
         Args:
-            partial: the entry that is being made.
+            journal: of the entry that is being made.
             loaded: the model.
             store: what is kept.
             progress: told of each window.
@@ -152,11 +150,20 @@ class Recording:
 
         """
         announced: torch.dtype = getattr(torch, loaded.facts.dtype)
+        partial = journal.partial
         names = [window_file(store, index) for index in range(self.windows.count)]
-        missing = [index for index, name in enumerate(names) if not self._is_whole(partial / name, store, index)]
-        files = {name: file_entry(partial / name) for index, name in enumerate(names) if index not in missing}
+        files: dict[str, dict[str, Any]] = {}
+        for index, name in enumerate(names):
+            if self._is_of_window(partial / name, store, index) and (known := journal.intact(name)) is not None:
+                files[name] = known
+        missing = [index for index, name in enumerate(names) if name not in files]
         if files:
             progress.note(f"{self.subject.label}: {len(files)} of {len(names)} windows are there already")
+        if damaged := [name for name in journal.names if name in names and name not in files]:
+            progress.note(
+                f"{self.subject.label}: {len(damaged)} windows of the interrupted capture are damaged and are captured "
+                f"again, e.g. {partial / damaged[0]}"
+            )
         rows = self.check_rows if store == "hidden" else None
         with progress.task(f"capture {self.subject.label}", len(names), len(files)) as task:
             for prefill in loaded.prefill(self.windows, missing, rows):
@@ -166,6 +173,7 @@ class Recording:
                 name = names[prefill.window]
                 tensors = self._tensors(prefill, store, loaded.facts.vocab_size)
                 files[name] = write_tensors(partial / name, tensors)
+                journal.add(name, files[name])
                 task.advance()
         if left_out := [name for name in names if name not in files]:
             raise CaptureError(f"{self.subject.label}: the engine left out {len(left_out)} windows, e.g. {left_out[0]}")
@@ -191,8 +199,8 @@ class Recording:
             raise CaptureError(f"{self.subject.label}, window {prefill.window}: hidden states are missing")
         return {**tensors, **matrix}  # type: ignore[dict-item]
 
-    def _is_whole(self, path: Path, store: str, index: int) -> bool:
-        """Tell whether an interrupted session left this window in the form that is needed now."""
+    def _is_of_window(self, path: Path, store: str, index: int) -> bool:
+        """Tell whether an interrupted session left this window in the form that is needed now. Reads no matrix."""
         try:
             with safe_open(path, framework="pt") as file:
                 ids = file.get_tensor("token_ids")
@@ -234,25 +242,30 @@ class Recording:
         kept = sum(path.stat().st_size for path in cache.partial(entry).rglob("*") if path.is_file())
         needed = max(0, capture_bytes(facts, self.windows, store, len(self.check_rows), logits_dtype) - kept)
         what = f"the capture of {self.subject.label} ({self.windows.count} windows, store {store})"
-        free = cache.require_free(needed, what)
+        free = cache.require_free(needed, what, entry)
         progress.note(f"{what} needs {format_bytes(needed)}; {format_bytes(free)} are free")
 
 
-def adopt_windows(capture: Capture, partial: Path) -> None:
+def adopt_windows(capture: Capture, journal: Journal) -> None:
     """Give the window files of a capture of fewer windows to one that is being made, as hard links where possible.
 
     Files that are not what their manifest says are left out, and recorded anew.
     """
     for name in capture.manifest["window_files"]:
-        file, link = capture.path / name, partial / name
-        if link.exists() or sha256_of_file(file) != capture.manifest["files"][name]["sha256"]:
-            continue
-        link.parent.mkdir(parents=True, exist_ok=True)
+        file, link, entry = capture.path / name, journal.partial / name, capture.manifest["files"][name]
         try:
+            if name in journal.names or sha256_of_file(file) != entry["sha256"]:
+                continue
+        except OSError:  # another process removed it meanwhile
+            continue
+        try:
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
             link.hardlink_to(file)
         except OSError:  # a file system without hard links
             with atomic_path(link) as temporary:
                 shutil.copyfile(file, temporary)
+        journal.add(name, entry)
 
 
 def require_fits(facts: ModelFacts, windows: Windows, label: str) -> None:

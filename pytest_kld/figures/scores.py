@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from pytest_kld.errors import ScoresError
-from pytest_kld.files import write_atomically
+from pytest_kld.errors import DamagedScoresError, ScoresError
+from pytest_kld.files import sha256_of_json, write_atomically
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 SCHEMA = 4
@@ -94,22 +94,34 @@ class Scores:
             tables[dataset["dataset"]] = Scores(columns=columns, about={**self.about, "protocol": protocol})
         return tables
 
-    def save(self, path: Path) -> None:
-        """Write the table as one safetensors file, whole or not at all."""
+    def save(self, path: Path, key: Mapping[str, Any] | None = None) -> None:
+        """Write the table as one safetensors file, whole or not at all.
+
+        Args:
+            path: the file.
+            key: what determines the scores, see `compare.scores_key`; kept in the file and compared by `load`.
+
+        """
+        saved_key = _digest_of_key(key)
         metadata = {
             "schema": str(SCHEMA),
+            "key": saved_key,
             "about": json.dumps(self.about, sort_keys=True),
-            "sha256": _digest(self._arrays(), self.about),
+            "sha256": _digest(self._arrays(), self.about, saved_key),
         }
         contents = save({name: np.ascontiguousarray(array) for name, array in self._arrays().items()}, metadata)
         write_atomically(path, contents)
 
     @classmethod
-    def load(cls, path: Path) -> Scores:
+    def load(cls, path: Path, key: Mapping[str, Any] | None = None) -> Scores:
         """Read and verify a table.
 
+        Args:
+            path: the file.
+            key: what the scores must be of, see `save`; None takes the scores of anything.
+
         Raises:
-            ScoresError: the file is truncated, altered, or of another schema.
+            DamagedScoresError: the file is truncated, altered, of another schema, or of something else.
 
         """
         try:
@@ -120,11 +132,14 @@ class Scores:
                 kept = [name for name in file.keys() if name.startswith(_EVIDENCE)]  # noqa: SIM118 (no mapping)
                 evidence = {name.removeprefix(_EVIDENCE): file.get_tensor(name) for name in kept}
             scores = cls(columns=columns, about=json.loads(metadata["about"]), evidence=evidence)
-            intact = metadata["schema"] == str(SCHEMA) and metadata["sha256"] == _digest(scores._arrays(), scores.about)
+            digest = _digest(scores._arrays(), scores.about, metadata["key"])
+            intact = metadata["schema"] == str(SCHEMA) and metadata["sha256"] == digest
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise ScoresError(_corrupt(path)) from error
+            raise DamagedScoresError(_corrupt(path)) from error
         if not intact:
-            raise ScoresError(_corrupt(path))
+            raise DamagedScoresError(_corrupt(path))
+        if key is not None and (metadata["key"] != _digest_of_key(key) or not _is_of(scores.about, key)):
+            raise DamagedScoresError(f"the scores file {path} holds the scores of something else than its name says")
         return scores
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
@@ -311,8 +326,17 @@ def _exp(x: float) -> float:
     return math.inf if x > 709 else math.exp(x)
 
 
-def _digest(arrays: dict[str, NDArray[Any]], about: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+def _digest_of_key(key: Mapping[str, Any] | None) -> str:
+    return "" if key is None else sha256_of_json(key)
+
+
+def _is_of(about: Mapping[str, Any], key: Mapping[str, Any]) -> bool:
+    """Tell whether a table says that it compares the captures which a key names."""
+    return all(about[side]["digest"] == key[side] for side in ("reference", "candidate"))
+
+
+def _digest(arrays: dict[str, NDArray[Any]], about: dict[str, Any], key: str) -> str:
+    digest = hashlib.sha256(json.dumps([about, key], sort_keys=True).encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"{name}{array.dtype}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
@@ -320,4 +344,4 @@ def _digest(arrays: dict[str, NDArray[Any]], about: dict[str, Any]) -> str:
 
 
 def _corrupt(path: Path) -> str:
-    return f"the scores file {path} is corrupt or of another version; delete it or pass --kld-refresh"
+    return f"the scores file {path} is corrupt or of another version"

@@ -80,6 +80,7 @@ class KLDConfig:
     cache_size: int | None
     hash: Hash
     refresh: bool
+    strict_cache: bool
     junit: Path | None
     json: Path | None
     html: Path | None
@@ -163,6 +164,7 @@ def build_config(config: pytest.Config) -> KLDConfig:
         values[name] = values[name] or ()
     values["trust_remote_code"] = bool(values["trust_remote_code"])
     values["refresh"] = bool(values["refresh"])
+    values["strict_cache"] = bool(values["strict_cache"])
     values["each_dataset"] = bool(values["each_dataset"])
     values["given_cache_dir"] = values.pop("cache_dir")
     values["windows"], values["adaptive"] = values["windows"]

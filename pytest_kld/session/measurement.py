@@ -7,10 +7,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pytest_kld.captures.cache import Cache, format_bytes
-from pytest_kld.captures.library import CaptureLibrary
+from pytest_kld.captures.library import CaptureLibrary, say_set_aside
 from pytest_kld.captures.recording import require_fits
+from pytest_kld.captures.sweep import sweep
 from pytest_kld.engines.served.engine import ServedEngine
-from pytest_kld.errors import ModelError, ServerError
+from pytest_kld.errors import DamagedScoresError, ModelError, ServerError
 from pytest_kld.figures.compare import compare, scores_key
 from pytest_kld.figures.schedule import rounds_of
 from pytest_kld.figures.scores import Scores
@@ -33,6 +34,7 @@ from pytest_kld.text.windows import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from pytest_kld.captures.capture import Capture
     from pytest_kld.engines import Engine
@@ -46,7 +48,7 @@ class Measurement:
     """Turns the configuration into captures and scores, each made at most once."""
 
     def __init__(self, config: KLDConfig, progress: Progress) -> None:
-        """Open the cache; nothing else happens yet.
+        """Open the cache and sweep it; nothing else happens yet.
 
         Raises:
             CacheError: the cache directory cannot be written.
@@ -58,8 +60,14 @@ class Measurement:
         self.digests = FileDigests(
             kind=config.hash, memo=config.cache_dir / MEMO, fresh=config.refresh, note=progress.note
         )
+        sweep(config.cache_dir, config.capture_dir or config.cache_dir / "spool")
         self.library = CaptureLibrary(
-            cache=self.cache, engine=self.engine, identify=self.identify, store=config.store, progress=progress
+            cache=self.cache,
+            engine=self.engine,
+            identify=self.identify,
+            store=config.store,
+            progress=progress,
+            strict=config.strict_cache,
         )
         self._engines: dict[str, Engine] = {}
 
@@ -177,9 +185,11 @@ class Measurement:
 
         def check() -> None:
             self._require_fits(subject.pin(), windows)
-            reference.verify()
+            self.library.verify(self.library.current(reference))
 
-        return self.library.obtain(subject, self._first(windows), rounds=self._rounds(windows), before=check)
+        return self.library.mending(
+            lambda: self.library.obtain(subject, self._first(windows), rounds=self._rounds(windows), before=check)
+        )
 
     def extend(self, capture: Capture, windows: Windows, rounds: Sequence[Windows]) -> Capture:
         """Return a capture of the same Subject that covers at least these windows. See `CaptureLibrary.extend`."""
@@ -197,19 +207,35 @@ class Measurement:
         """Return the scores of a pair: those saved, without touching a capture's contents, or computed now.
 
         Saved scores without the extended columns give way to scores that have them, if these are needed. `known` are
-        scores of the same pair's first windows.
+        scores of the same pair's first windows. A damaged capture, or damaged scores, of the cache are made anew.
+
+        Raises:
+            DamagedCaptureError: a capture that was named by its path is damaged.
+
         """
+        return self.library.mending(
+            lambda: self._scores(
+                self.library.current(reference),
+                self.library.current(candidate),
+                windows,
+                extended=extended,
+                known=known,
+            )
+        )
+
+    def _scores(
+        self, reference: Capture, candidate: Capture, windows: Windows, *, extended: bool, known: Scores | None
+    ) -> Scores:
         config = self.config
         key = scores_key(reference, candidate, windows, config.head)
         path = self.cache.scores_entry(key)
         with self.cache.lock(path, lambda: self._say_waiting(f"scores of {candidate.name}")):
-            if self.cache.holds(path):
-                saved = Scores.load(path)
-                if saved.extended or not extended:
-                    # The token ids are the same, but their datasets may be called otherwise by now.
-                    return replace(saved, about={**saved.about, "protocol": windows.protocol()})
-            reference.verify()
-            candidate.verify()
+            saved = self._saved_scores(path, key)
+            if saved is not None and (saved.extended or not extended):
+                # The token ids are the same, but their datasets may be called otherwise by now.
+                return replace(saved, about={**saved.about, "protocol": windows.protocol()})
+            for capture in (reference, candidate):
+                self.library.verify(capture)
             self._close_engines()  # a comparison wants the memory that a server holds
             scores = compare(
                 reference,
@@ -221,8 +247,22 @@ class Measurement:
                 extended=extended,
                 known=known,
             )
-            scores.save(path)
+            for capture in (reference, candidate):
+                capture.require_unchanged()
+            scores.save(path, key)
         return scores
+
+    def _saved_scores(self, path: Path, key: dict[str, Any]) -> Scores | None:
+        """Return the scores that the cache holds; None if there are none, or if they are damaged and were set aside."""
+        if not self.cache.holds(path) and (self.cache.refreshed_since is not None or not path.exists()):
+            return None
+        try:
+            return Scores.load(path, key)
+        except DamagedScoresError as damage:
+            if self.config.strict_cache:
+                raise
+            say_set_aside(path, self.cache.quarantine.take(path), damage.what, self.progress)
+            return None
 
     def _first(self, windows: Windows) -> Windows:
         """Return what is captured at first."""

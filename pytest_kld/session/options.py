@@ -427,6 +427,12 @@ OPTIONS: tuple[Option, ...] = (
         "tensor and of the whole of large ones) or full (every byte).",
     ),
     Option(name="refresh", flag=True, help="Capture and compare anew what the cache already holds."),
+    Option(
+        name="strict_cache",
+        flag=True,
+        help="Report a damaged cache entry as an error, instead of moving it to quarantine and making it anew. "
+        "Default: off.",
+    ),
     Option(name="junit", metavar="FILE", parse=parse_report, help="Write a JUnit report: a suite per candidate."),
     Option(
         name="json",

@@ -11,7 +11,7 @@ import pytest
 from recorded import record
 
 from pytest_kld.captures.cache import Cache
-from pytest_kld.captures.capture import MANIFEST
+from pytest_kld.captures.manifest import MANIFEST
 from pytest_kld.errors import CacheError
 
 if TYPE_CHECKING:

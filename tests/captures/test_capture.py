@@ -10,7 +10,8 @@ import torch
 from recorded import record
 from safetensors.torch import save_file
 
-from pytest_kld.captures.capture import Capture, write_manifest
+from pytest_kld.captures.capture import Capture
+from pytest_kld.captures.manifest import write_manifest
 from pytest_kld.errors import CaptureError
 
 if TYPE_CHECKING:

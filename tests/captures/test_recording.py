@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -14,16 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from conftest import TINY, MakeModel
+from conftest import TINY
 from recorded import load, own_logits, record, transformers_subject
-from transformers import Gemma2Config
+from transformers import Gemma2Config, Qwen3Config
 
 from pytest_kld.captures.capture import Capture
 from pytest_kld.captures.recording import capture_bytes, require_fits
 from pytest_kld.engines.transformers import TransformersEngine
 from pytest_kld.errors import CacheError, KLDError, ModelError
+from pytest_kld.figures.compare import compare
+from pytest_kld.progress import Silent
 
 if TYPE_CHECKING:
+    from conftest import MakeModel
+
     from pytest_kld.text.windows import Windows
 
 RECORD = """
@@ -228,9 +233,11 @@ def test_ids_beyond_the_vocabulary_and_windows_beyond_the_context_are_refused(
         require_fits(replace(facts, context_length=63), windows, "model")
 
 
-def test_a_failed_recording_publishes_nothing(reference_dir: Path, windows: Windows, tmp_path: Path) -> None:
-    def fail_at_third(network: Any) -> Any:
-        calls = iter(range(3))
+def failing_after(passes: int) -> Any:
+    """Return what lets a model fail after so many forward passes; the first of them may prove the head."""
+
+    def alter(network: Any) -> Any:
+        calls = iter(range(passes))
 
         def hook(*_: Any) -> None:
             if next(calls, None) is None:
@@ -239,8 +246,91 @@ def test_a_failed_recording_publishes_nothing(reference_dir: Path, windows: Wind
         network.register_forward_hook(hook)
         return network
 
+    return alter
+
+
+def flip(path: Path, name: str) -> None:
+    """Flip a bit in the exponent of the first number of a tensor, float32, of a file: no check row of hidden states."""
+    contents = bytearray(path.read_bytes())
+    size = struct.unpack("<Q", contents[:8])[0]
+    contents[8 + size + json.loads(contents[8 : 8 + size])[name]["data_offsets"][0] + 3] ^= 1
+    path.write_bytes(contents)
+
+
+@pytest.mark.parametrize(("store", "tensor"), [("hidden", "hidden"), ("hidden", "check_logits"), ("logits", "logits")])
+def test_a_damaged_window_of_an_interrupted_capture_is_recorded_again(
+    store: Any, tensor: str, reference_dir: Path, candidate_dir: Path, windows: Windows, tmp_path: Path
+) -> None:
+    reference = record(reference_dir, windows, tmp_path / "reference", store=store)
+
+    def table(candidate: Capture) -> Any:
+        pair = (reference, candidate)
+        return compare(*pair, windows, head="exact", device=torch.device("cpu"), progress=Silent()).columns["kl"]
+
+    undisturbed = table(record(candidate_dir, windows, tmp_path / "undisturbed", store=store))
+    with pytest.raises(KLDError, match="out of luck"):
+        record(
+            candidate_dir,
+            windows,
+            tmp_path / "resumed",
+            store=store,
+            alter=failing_after(3 if store == "hidden" else 2),
+        )
+    file = next((tmp_path / "resumed").rglob("00001.safetensors"))
+    whole = (file.parent / "00000.safetensors").stat()
+    flip(file, tensor)
+    resumed = record(candidate_dir, windows, tmp_path / "resumed", store=store)
+    resumed.verify()
+    assert (table(resumed) == undisturbed).all()
+    assert (resumed.path / "windows" / "00000.safetensors").stat() == whole  # it was not damaged and not run again
+    expected = {"capture.json", *(f"windows/{i:05d}.safetensors" for i in range(3))}
+    assert {str(p.relative_to(resumed.path)) for p in resumed.path.rglob("*") if p.is_file()} == expected | (
+        {"head.safetensors"} if store == "hidden" else set()
+    )
+
+
+@pytest.mark.parametrize("journal", [None, b"", b"\xff\x00{garbage", "other"])
+def test_windows_without_a_digest_of_this_capture_are_not_believed(
+    journal: Any, reference_dir: Path, candidate_dir: Path, windows: Windows, tmp_path: Path
+) -> None:
+    undisturbed = record(candidate_dir, windows, tmp_path / "undisturbed")
+    for name, model in (("a", candidate_dir), ("b", reference_dir)):
+        with pytest.raises(KLDError, match="out of luck"):
+            record(model, windows, tmp_path / name, alter=failing_after(3))
+    (ours,), (theirs,) = ((tmp_path / name).glob("captures/*.partial") for name in ("a", "b"))
+    if journal == "other":  # another model's windows of the same text, with the digests that they have
+        shutil.rmtree(ours)
+        shutil.copytree(theirs, ours)
+    else:
+        (ours / "journal").unlink()
+        shutil.copyfile(theirs / "windows" / "00000.safetensors", ours / "windows" / "00000.safetensors")
+        if journal is not None:
+            (ours / "journal").write_bytes(journal)
+    assert record(candidate_dir, windows, tmp_path / "a").digest == undisturbed.digest
+
+
+def test_what_a_killed_writer_left_is_not_published(make_model: MakeModel, tmp_path: Path) -> None:
+    wide = make_model("wide", Qwen3Config(**{**TINY, "vocab_size": 65_536}), tokenizer=False)  # 17 MB a window
+    left: list[Path] = []
+    while not left:
+        killed = start(wide, tmp_path, 0)
+        while killed.poll() is None and not left:
+            left = list(tmp_path.glob("cache/captures/*.partial/windows/.*.tmp"))
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        left = [path for path in left if path.is_file()]
+        assert not list(tmp_path.rglob("capture.json")), "the capture was complete before a file was seen half-written"
+    assert start(wide, tmp_path, 0).wait() == 0
+    (manifest,) = tmp_path.rglob("capture.json")
+    capture = Capture.open(manifest.parent)
+    capture.verify()
+    files = {str(path.relative_to(capture.path)) for path in capture.path.rglob("*") if path.is_file()}
+    assert files == {"capture.json", *capture.manifest["files"]}
+
+
+def test_a_failed_recording_publishes_nothing(reference_dir: Path, windows: Windows, tmp_path: Path) -> None:
     with pytest.raises(KLDError, match="forward pass failed: RuntimeError: out of luck"):
-        record(reference_dir, windows, tmp_path, alter=fail_at_third)
+        record(reference_dir, windows, tmp_path, alter=failing_after(3))
     assert not list(tmp_path.rglob("capture.json"))
     resumed = record(reference_dir, windows, tmp_path)
     assert json.loads((resumed.path / "capture.json").read_text())["complete"] is True

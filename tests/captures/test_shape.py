@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from recorded import record
 
-from pytest_kld.captures.capture import Capture, LogitsReader, write_manifest
+from pytest_kld.captures.capture import Capture, LogitsReader
+from pytest_kld.captures.manifest import write_manifest
 from pytest_kld.errors import CaptureError
 
 if TYPE_CHECKING:

@@ -174,7 +174,8 @@ PEAK_MEMORY = """
 import resource, sys
 from pathlib import Path
 import numpy as np, torch
-from pytest_kld.captures.capture import Capture, window_file, write_tensors
+from pytest_kld.captures.capture import Capture, write_tensors
+from pytest_kld.captures.manifest import window_file
 from pytest_kld.figures.compare import compare
 from pytest_kld.progress import Silent
 from pytest_kld.kernel.reduction import _one_pass

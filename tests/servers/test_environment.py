@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_kld.captures.capture import MANIFEST
+from pytest_kld.captures.manifest import MANIFEST
 from pytest_kld.servers.environment import numeric_environment
 
 if TYPE_CHECKING:

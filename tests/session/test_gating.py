@@ -215,7 +215,7 @@ def test_reference_that_is_not_there_is_an_error_that_names_it_and_the_way_out(
     result.stdout.fnmatch_lines(["*ModelError: cannot find the model nobody/nothing: *name a local directory."])
 
 
-def test_flipped_byte_in_a_cached_capture_is_an_error_that_names_the_file(gate: Gate, tmp_path: Path) -> None:
+def test_flipped_byte_in_a_strict_cache_is_an_error_that_names_the_file(gate: Gate, tmp_path: Path) -> None:
     cache = f"--kld-cache-dir={tmp_path}"
     gate(cache).assert_outcomes(passed=1)
     for path in tmp_path.glob("scores/*.safetensors"):
@@ -224,10 +224,10 @@ def test_flipped_byte_in_a_cached_capture_is_an_error_that_names_the_file(gate: 
     contents = bytearray(window.read_bytes())
     contents[-5] ^= 1
     window.write_bytes(contents)
-    result = gate(cache)
+    result = gate(cache, "--kld-strict-cache")
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines([f"*CaptureError: {window} is corrupt*--kld-refresh*"])
-    gate(cache, "--kld-refresh").assert_outcomes(passed=1)
+    gate(cache, "--kld-strict-cache", "--kld-refresh").assert_outcomes(passed=1)
 
 
 def test_gating_again_with_other_limits_computes_nothing(gate: Gate) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import coverage
 from pytest_kld.captures.capture import Capture
+from pytest_kld.captures.journal import Journal
 from pytest_kld.captures.recording import adopt_windows
 from pytest_kld.figures.schedule import MOST_ROUNDS, schedule
 
@@ -132,8 +133,10 @@ def test_a_window_file_that_rotted_is_not_taken_over(session: Session, tmp_path:
     contents = bytearray(rotten.read_bytes())
     contents[-1] ^= 1
     rotten.write_bytes(contents)
-    adopt_windows(capture, tmp_path)
-    assert [path.name for path in (tmp_path / "windows").iterdir()] == ["00000.safetensors"]
+    journal = Journal(tmp_path / "partial", {"a": 1})
+    adopt_windows(capture, journal)
+    assert journal.names == ["windows/00000.safetensors"]
+    assert [path.name for path in (tmp_path / "partial" / "windows").iterdir()] == ["00000.safetensors"]
 
 
 def test_a_captured_reference_directory_is_used_for_every_round(session: Session, reference_dir: Path) -> None:

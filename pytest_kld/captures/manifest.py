@@ -1,0 +1,93 @@
+"""The manifest of a capture: what it is, how it was made, and the digests of its files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pytest_kld.captures.shape import check_manifest
+from pytest_kld.errors import CaptureError, DamagedCaptureError
+from pytest_kld.files import sha256_of_json, write_json
+
+SCHEMA = 1
+"""Version of the capture format; it is part of the cache key."""
+MANIFEST = "capture.json"
+HEAD_FILE = "head.safetensors"
+
+
+def window_file(store: str, index: int) -> str:
+    """Return the name of a window's file within a capture."""
+    return f"{index}.safetensors" if store == "logprobs" else f"windows/{index:05d}.safetensors"
+
+
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest of a finished capture, with a digest of itself."""
+    write_json(path / MANIFEST, {**manifest, "sha256": sha256_of_json(manifest)})
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read and check the manifest of a capture.
+
+    Raises:
+        DamagedCaptureError: corrupt, incomplete, of another schema, or without what a manifest has.
+
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        intact = manifest.pop("sha256") == sha256_of_json(manifest)
+        usable = manifest["schema"] == SCHEMA and manifest["complete"] is True
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedCaptureError(path, f"the manifest {path / MANIFEST} is corrupt ({error!r}).") from error
+    if not intact:
+        raise DamagedCaptureError(path, f"the manifest {path / MANIFEST} is corrupt: its SHA-256 is another.")
+    if not usable:
+        raise DamagedCaptureError(
+            path, f"the capture {path} is incomplete or of schema {manifest['schema']}, not {SCHEMA}."
+        )
+    try:
+        check_manifest(manifest, head_file=HEAD_FILE, window_file=window_file)
+    except ValueError as error:
+        raise DamagedCaptureError(path, f"the manifest {path / MANIFEST} is not a capture's: {error}.") from error
+    return manifest
+
+
+def manifest_of_original_layout(path: Path, windows: int) -> dict[str, Any]:
+    """Make up the manifest of a directory that has none.
+
+    Raises:
+        CaptureError: its files are not those of so many windows.
+
+    """
+    count = sum(1 for file in path.glob("*.safetensors") if file.stem.isdecimal())
+    if count == windows:
+        names = [f"{index}.safetensors" for index in range(windows)]
+    elif count == 2 * windows:
+        names = [f"{index}.safetensors" for index in range(0, count, 2)]
+    else:
+        raise CaptureError(
+            f"{path} holds {count} window files, and this session has {windows} windows: expected {windows}, or "
+            f"{2 * windows} where a speculative head was saved too. Give the --kld-windows it was made with."
+        )
+    if missing := [name for name in names if not (path / name).is_file()]:
+        raise CaptureError(f"{path / missing[0]} is missing")
+    sizes = {name: (path / name).stat() for name in names}
+    return {
+        "schema": SCHEMA,
+        "complete": True,
+        "key": None,
+        "model": path.name,
+        "engine": None,
+        "protocol": None,
+        "store": "logprobs",
+        "store_reason": f"original layout, {count} files for {windows} windows",
+        "vocab_size": None,
+        "transforms": None,
+        "checks": None,
+        "window_files": names,
+        # Without a manifest nobody knows what the bytes should be; the time stamp tells versions apart.
+        "files": {
+            name: {"bytes": known.st_size, "mtime_ns": known.st_mtime_ns, "sha256": None}
+            for name, known in sizes.items()
+        },
+    }
