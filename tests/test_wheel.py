@@ -157,7 +157,7 @@ def test_gate_runs_from_the_installed_wheel_in_an_empty_directory(
 
 def test_commands_run_from_the_installed_wheel(installed: Path, tmp_path: Path) -> None:
     assert "usage: pytest-kld" in run_in(installed, tmp_path, "pytest-kld", "--help")
-    told = json.loads(run_in(installed, tmp_path, "python", "-m", "pytest_kld.hook"))
+    told = json.loads(run_in(installed, tmp_path, "python", "-m", "pytest_kld.hook", "pytest_kld.hook.sglang"))
     assert told["pytest_kld"] == "0.1.0"
     listed = "from pytest_kld.hook.patching import load_patches; print(len(load_patches()))"
     assert run_in(installed, tmp_path, "python", "-c", listed).strip() == "1"

@@ -17,6 +17,8 @@ from pytest_kld.servers.gpus import query_gpus
 
 def main() -> None:
     """Print versions, GPUs, the release's flags, and whether the hook gets into the engine."""
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m pytest_kld.hook SEAMS, such as pytest_kld.hook.sglang")
     seams = import_module(sys.argv[1])
     versions = {}
     for package in seams.PACKAGES:

@@ -313,12 +313,37 @@ def test_two_ranks_write_one_capture(boot: Boot, make_model: MakeModel, text: Wi
         assert torch.equal(head.logits(prefill.hidden[ROWS], "native"), prefill.logits)
 
 
+SOFTCAP_ON_CPU = """
+import importlib.machinery, sys
+
+class Finder(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name != "sglang.srt.layers.logits_processor":
+            return None
+        spec = super().find_spec(name, path, target)
+        run = spec.loader.exec_module
+
+        def exec_module(module):
+            run(module)
+            module._is_cpu = True
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder)
+"""
+"""Lets SGLang take its own branch for CPUs in one place: the other one is a Triton kernel."""
+
+
 def test_a_softcap_in_float32_keeps_hidden_states(
-    boot: Boot, make_model: MakeModel, text: Windows, tmp_path: Path
+    boot: Boot, environment: SGLangEnvironment, make_model: MakeModel, text: Windows, tmp_path: Path
 ) -> None:
     """SGLang applies Gemma's softcap in float32 to a product in bfloat16."""
-    config = Gemma2Config(**TINY, final_logit_softcapping=5.0, attn_logit_softcapping=None)
-    served = boot(make_model("gemma2", config))
+    config = Gemma2Config(**TINY, final_logit_softcapping=5.0, hidden_act="gelu_pytorch_tanh")  # SGLang reads that name
+    (tmp_path / "sitecustomize.py").write_text(SOFTCAP_ON_CPU)
+    path = os.pathsep.join((str(tmp_path), environment.variables["PYTHONPATH"]))
+    served = boot(make_model("gemma2", config), PYTHONPATH=path)
     assert {prefill.logits.dtype for prefill in served.capture(text)} == {torch.float32}
     recording = Recording(
         engine=served.engine, subject=served.subject, windows=text, store="auto", key={"model": "gemma2"}
