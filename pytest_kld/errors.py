@@ -21,7 +21,7 @@ class CorpusError(KLDError):
 
 
 class CaptureError(KLDError):
-    """A capture is incomplete, corrupt, unfaithful, or does not fit the other side's."""
+    """A capture is incomplete, corrupt, unfaithful, or does not match the other side's capture."""
 
 
 class DamagedCaptureError(CaptureError):
@@ -47,11 +47,11 @@ class CacheError(KLDError):
 
 
 class ReportError(KLDError):
-    """A report cannot be written: its path names no regular file, cannot be written, or the disk is full."""
+    """A report cannot be written: its path is not a regular file, is not writable, or the disk is full."""
 
 
 class ScoresError(KLDError):
-    """A scores table is corrupt or holds not one valid position."""
+    """A scores table is corrupt or has no valid position."""
 
 
 class DamagedScoresError(ScoresError):
@@ -73,8 +73,8 @@ class CacheWarning(UserWarning):
 
 
 class ServerError(KLDError):
-    """A server did not boot, died, or answered with something else than was asked for."""
+    """A server did not start, died, or returned something other than what was requested."""
 
 
 class PatchError(KLDError):
-    """A SGLang cannot be patched: there is none, it is of an unknown release, or somebody changed it."""
+    """SGLang cannot be patched: it is not installed, its release is unknown, or its files were modified."""
