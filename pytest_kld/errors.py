@@ -25,19 +25,19 @@ class CaptureError(KLDError):
 
 
 class DamagedCaptureError(CaptureError):
-    """A capture's files are not those that were recorded, or not those that were opened.
+    """A capture's files differ from those that were recorded, or from those that were opened.
 
     Attributes:
         path: the capture's directory.
-        what: what is wrong, without what to do.
+        what: what is wrong, without the remedy.
 
     """
 
     def __init__(self, path: Path, what: str) -> None:
-        """Say what is wrong with which capture, and what to do."""
+        """Build the message: what is wrong, and the remedy."""
         super().__init__(
-            f"{what} If it is an entry of the cache, pass --kld-refresh to capture anew. If you named it by its path, "
-            "make or copy it again."
+            f"{what} If the capture is in the cache, pass --kld-refresh to record it again. If you named it by its "
+            "path, record or copy it again."
         )
         self.path, self.what = path, what
 
@@ -55,21 +55,21 @@ class ScoresError(KLDError):
 
 
 class DamagedScoresError(ScoresError):
-    """A scores file is not what was saved, or it holds the scores of something else.
+    """A scores file differs from what was saved, or contains the scores of something else.
 
     Attributes:
-        what: what is wrong, without what to do.
+        what: what is wrong, without the remedy.
 
     """
 
     def __init__(self, what: str) -> None:
-        """Say what is wrong and what to do."""
+        """Build the message: what is wrong, and the remedy."""
         super().__init__(f"{what}; delete it or pass --kld-refresh")
         self.what = what
 
 
 class CacheWarning(UserWarning):
-    """The cache mended itself. Nothing is wrong with what was measured; something may be wrong with the disk."""
+    """The cache repaired itself. The measurement is right, but the disk may be faulty."""
 
 
 class ServerError(KLDError):
