@@ -60,7 +60,7 @@ def test_a_local_directory_opens_as_a_dataset_without_a_hub(tmp_path: Path) -> N
     assert load_corpus(f"hf:{data}", tmp_path).text == "\n\n".join(DOCUMENTS)
     assert load_corpus(f"hf:{data}::train", tmp_path).text == "training text"
     assert load_corpus(f"hf:{data}:default:train", tmp_path).text == "training text"
-    with pytest.raises(CorpusError, match=r"cannot load the dataset .*split validation.*python-docs and files"):
+    with pytest.raises(CorpusError, match=r"cannot load the dataset .*split validation.*python-docs or a file"):
         load_corpus(f"hf:{data}::validation", tmp_path)
 
 
@@ -82,7 +82,7 @@ def test_wikitext_without_hub_or_cache_says_what_works_offline(tmp_path: Path, m
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(CorpusError, match=r"cannot load the dataset Salesforce/wikitext .*Offline, python-docs"):
+    with pytest.raises(CorpusError, match=r"cannot load the dataset Salesforce/wikitext .*Offline, use python-docs"):
         load_corpus("wikitext-2", tmp_path)
 
 
