@@ -1,4 +1,4 @@
-"""A diagnosis as lines for a terminal. Decoded text is quoted with `repr`, so that no raw control character is printed."""
+"""A diagnosis as lines for a terminal. Decoded text is quoted with `repr`, so no raw control character is printed."""
 
 from __future__ import annotations
 

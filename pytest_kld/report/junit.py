@@ -37,7 +37,7 @@ def write_junit(path: Path, results: Sequence[GateResult]) -> None:
 
 
 def _total(report: JUnitXml) -> None:
-    """Write the totals. `update_statistics` cannot do it: the schema allows `skipped` for suites only, and three decimals."""
+    """Write the totals without `update_statistics`: the schema allows three decimals, and `skipped` only for suites."""
     for suite in report:
         suite.update_statistics()
         suite.time = round(suite.time, 3)

@@ -101,7 +101,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def table(results: Sequence[GateResult]) -> list[str]:
-    """Return the lines of the closing table: a row per candidate, followed by a row per dataset if there are several."""
+    """Return the lines of the final table: a row per candidate, followed by a row per dataset if there are several."""
     columns = [
         "Model",
         "Mean KLD",

@@ -91,7 +91,7 @@ class Candidate:
 
     @property
     def profile(self) -> dict[str, Any]:
-        """Return the data for its charts; empty if there are none."""
+        """Return the data for its charts; empty if there is none."""
         return (self.measured and self.measured.profile) or {}
 
 

@@ -129,7 +129,9 @@ def test_a_directory_that_could_be_a_model_or_a_capture_is_a_usage_error(
     (model / "capture.json").write_text("{}")
     result = gate(f"{option}={model}")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines([f"ERROR: {option}: *model could be a model or a capture: it holds config.json and *"])
+    result.stderr.fnmatch_lines(
+        [f"ERROR: {option}: *model could be a model or a capture: it contains config.json and *"]
+    )
 
 
 @pytest.mark.parametrize("name", ["m" * 10_000, "a\0b", "\udcff"], ids=["long", "NUL", "surrogate"])
