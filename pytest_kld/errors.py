@@ -17,7 +17,7 @@ class ModelError(KLDError):
 
 
 class CorpusError(KLDError):
-    """The text is missing, empty, or too short for the windows asked for."""
+    """The text is missing, empty, or too short for the requested windows."""
 
 
 class CaptureError(KLDError):
