@@ -17,27 +17,27 @@ class ModelError(KLDError):
 
 
 class CorpusError(KLDError):
-    """The text is missing, empty, or too short for the windows asked for."""
+    """The text is missing, empty, or too short for the requested windows."""
 
 
 class CaptureError(KLDError):
-    """A capture is incomplete, corrupt, unfaithful, or does not fit the other side's."""
+    """A capture is incomplete, corrupt, unfaithful, or does not match the other side's capture."""
 
 
 class DamagedCaptureError(CaptureError):
-    """A capture's files are not those that were recorded, or not those that were opened.
+    """A capture's files differ from those that were recorded, or from those that were opened.
 
     Attributes:
         path: the capture's directory.
-        what: what is wrong, without what to do.
+        what: what is wrong, without the remedy.
 
     """
 
     def __init__(self, path: Path, what: str) -> None:
-        """Say what is wrong with which capture, and what to do."""
+        """Build the message: what is wrong, and the remedy."""
         super().__init__(
-            f"{what} If it is an entry of the cache, pass --kld-refresh to capture anew. If you named it by its path, "
-            "make or copy it again."
+            f"{what} If the capture is in the cache, pass --kld-refresh to record it again. If you named it by its "
+            "path, record or copy it again."
         )
         self.path, self.what = path, what
 
@@ -47,34 +47,34 @@ class CacheError(KLDError):
 
 
 class ReportError(KLDError):
-    """A report cannot be written: its path names no regular file, cannot be written, or the disk is full."""
+    """A report cannot be written: its path is not a regular file, is not writable, or the disk is full."""
 
 
 class ScoresError(KLDError):
-    """A scores table is corrupt or holds not one valid position."""
+    """A scores table is corrupt or has no valid position."""
 
 
 class DamagedScoresError(ScoresError):
-    """A scores file is not what was saved, or it holds the scores of something else.
+    """A scores file differs from what was saved, or contains the scores of something else.
 
     Attributes:
-        what: what is wrong, without what to do.
+        what: what is wrong, without the remedy.
 
     """
 
     def __init__(self, what: str) -> None:
-        """Say what is wrong and what to do."""
+        """Build the message: what is wrong, and the remedy."""
         super().__init__(f"{what}; delete it or pass --kld-refresh")
         self.what = what
 
 
 class CacheWarning(UserWarning):
-    """The cache mended itself. Nothing is wrong with what was measured; something may be wrong with the disk."""
+    """The cache repaired itself. The measurement is right, but the disk may be faulty."""
 
 
 class ServerError(KLDError):
-    """A server did not boot, died, or answered with something else than was asked for."""
+    """A server did not start, died, or returned something other than what was requested."""
 
 
 class PatchError(KLDError):
-    """A SGLang cannot be patched: there is none, it is of an unknown release, or somebody changed it."""
+    """SGLang cannot be patched: it is not installed, its release is unknown, or its files were modified."""

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: unique temporary sibling, flush to disk, rename."""
+"""Writes files completely or not at all: unique temporary sibling, flush to disk, rename."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 
 TEMPORARY_SUFFIX_BYTES = len(f"..{uuid.UUID(int=0).hex}.tmp")
-"""How much longer than a file's name that of its temporary sibling is."""
+"""How many bytes longer the name of a temporary sibling is than the file's own name."""
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same directory; on success it takes the name `path`, else it is removed.
+    """Yield a temporary path in the same directory; rename it to `path` on success, else remove it.
 
     Raises:
         CacheError: the disk is full or the directory cannot be written.
 
     """
-    from safetensors import SafetensorError  # not needed where the plugin is only loaded
+    from safetensors import SafetensorError  # not needed when the plugin is only loaded
 
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -41,36 +41,36 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         raise CacheError(
-            f"cannot write {path}: {error}. Nothing half-written is kept; what was complete stays and is reused. "
+            f"cannot write {path}: {error}. Incomplete files are removed; complete ones are kept and reused. "
             "Free some disk space or choose another --kld-cache-dir, then run the same command again."
         ) from error
     finally:
-        with suppress(OSError):  # it is not there, or its directory is none: the error above says why
+        with suppress(OSError):  # the file is missing, or its parent is not a directory: the error above says why
             temporary.unlink()
 
 
 def write_atomically(path: Path, contents: bytes) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file completely or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(contents)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON, whole or not at all. Non-finite numbers are refused: JSON has none."""
+    """Write JSON completely or not at all. Non-finite numbers are rejected, because JSON has none."""
     write_atomically(path, json_bytes(value))
 
 
 def json_bytes(value: Any) -> bytes:
-    r"""Return JSON for people and programs, in UTF-8. What is no text is escaped: names that are not UTF-8 survive."""
+    r"""Return indented JSON in UTF-8. Unsafe characters are escaped, so that names that are not UTF-8 survive."""
     text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
     return f"{json_escaped(text)}\n".encode()
 
 
 def what_is_there(path: Path) -> str | None:
-    """Say what is at a path if it is neither nothing nor a regular file; links are not followed."""
+    """Describe what is at a path; None for a regular file or if nothing is there. Links are not followed."""
     try:
         mode = path.lstat().st_mode
-    except OSError:  # nothing is there, or nobody may look: whoever writes will learn why
+    except OSError:  # nothing is there, or access is denied: the write will say why
         return None
     return None if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "a special file")
 
@@ -86,10 +86,10 @@ _KINDS = {
 
 
 def write_report(path: Path, contents: bytes) -> None:
-    """Write a report, whole or not at all. A regular file is replaced, anything else is refused.
+    """Write a report completely or not at all. A regular file is replaced; anything else is rejected.
 
     Raises:
-        ReportError: a directory, device, pipe, socket or link has the name, or the file cannot be written.
+        ReportError: the path is a directory, device, pipe, socket or link, or the file cannot be written.
 
     """
     if kind := what_is_there(path):
@@ -107,6 +107,6 @@ def sha256_of_file(path: Path) -> str:
 
 
 def sha256_of_json(value: Any) -> str:
-    """Return the SHA-256 of the canonical JSON (sorted keys, no spaces) of a value, in hexadecimal."""
+    """Return the SHA-256 of a value's canonical JSON (sorted keys, no spaces), in hexadecimal."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""Text that is not ours, made safe to show: names of models, messages, tokens, corpora.
+"""Makes text from outside safe to display: names of models, messages, tokens, corpora.
 
-Such text may hold what a terminal obeys (escape sequences), what turns lines around (bidirectional overrides), what
-nobody sees (zero-width characters), or what no encoding can write (half of a surrogate pair, which is how Python keeps
-a file name that is not UTF-8). It is kept as it is inside, and passes through `plain` where it is shown.
+Such text may contain characters that a terminal obeys (escape sequences), that reverse lines (bidirectional overrides),
+that are invisible (zero-width characters), or that no encoding can write (half of a surrogate pair, which is how Python
+represents a file name that is not UTF-8). Internally it is kept unchanged; it passes through `plain` when it is shown.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ import unicodedata
 from functools import cache
 
 LINES = "\n\t"
-"""What to keep of a text of several lines."""
+"""The characters to keep in a text of several lines."""
 
 _UNSAFE = {"Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp"}
-"""Unicode's categories of controls, formats, surrogates, what is unassigned or private, and ends of lines."""
+"""Unicode categories: controls, formats, surrogates, unassigned, private use, line and paragraph separators."""
 _BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
-"""Letters and marks that show nothing and are of other categories."""
+"""Letters and marks of other categories that are displayed as nothing."""
 _SECRET_WORDS = frozenset({"KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "CREDENTIALS"})
 _DIGEST_CHARACTERS = 12
 _SUSPECT = re.compile(r"[^\x20-\x7e]")
 
 
 def plain(text: str, keep: str = "") -> str:
-    r"""Return text with each character that is no text spelled out, as Python spells it: `\x1b`, `\u202e`, `\udcff`.
+    r"""Return text with each unsafe character written as a Python escape: `\x1b`, `\u202e`, `\udcff`.
 
     Escaping twice changes nothing.
 
     Args:
         text: any text.
-        keep: characters to leave as they are; `LINES` for a text of several lines.
+        keep: characters to leave unchanged; `LINES` for a text of several lines.
 
     """
     return _SUSPECT.sub(lambda match: match[0] if match[0] in keep else _shown(match[0]), text)
 
 
 def secret_digest(name: str, value: str) -> str:
-    """Return a variable's value, or a digest of it if its name says that it is a secret."""
+    """Return a variable's value, or its digest if the name suggests a secret."""
     if _SECRET_WORDS.isdisjoint(name.upper().split("_")):
         return value
     import hashlib
@@ -47,15 +47,15 @@ def secret_digest(name: str, value: str) -> str:
 
 
 def without_surrogates(text: str) -> str:
-    r"""Return text with lone surrogates alone spelled out: `\udcff`. Every encoding of Unicode can write it."""
+    r"""Return text with only its lone surrogates escaped: `\udcff`. Every Unicode encoding can write the result."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def json_escaped(text: str) -> str:
-    r"""Return JSON with each character that is no text, ends of lines aside, as an escape of JSON's own.
+    r"""Return JSON with each unsafe character, except line feeds and tabs, written as a JSON escape.
 
-    JSON as `json.dumps(..., ensure_ascii=False)` gives it has such characters within strings only, so that it stays
-    the same JSON: `\u202e` is read back as what it was.
+    In the output of `json.dumps(..., ensure_ascii=False)` such characters occur only inside strings, so the JSON keeps
+    its meaning: `\u202e` is read back as the original character.
     """
     return _SUSPECT.sub(lambda match: match[0] if match[0] in LINES else _in_json(match[0]), text)
 

@@ -1,4 +1,4 @@
-"""What long work tells about itself. The terminal's side is in report/terminal.py."""
+"""How long tasks report their progress. The terminal's side is in report/terminal.py."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from typing import Protocol
 
 
 class Task(Protocol):
-    """Counts the windows of one piece of work."""
+    """Counts the windows of one task."""
 
     def advance(self) -> None:
-        """Say that one more window is done."""
+        """Record that one more window is done."""
 
 
 class Progress(Protocol):
-    """Where long work reports to."""
+    """Receives the progress of long tasks."""
 
     def note(self, text: str) -> None:
-        """Say one thing worth knowing."""
+        """Report one thing worth knowing."""
 
     def task(self, name: str, total: int, done: int = 0) -> AbstractContextManager[Task]:
-        """Begin a piece of work of `total` windows, `done` of which are there already."""
+        """Start a task of `total` windows, `done` of which are already complete."""
 
 
 class Silent:
-    """Reports to nobody."""
+    """Discards all progress."""
 
     def note(self, text: str) -> None:
-        """Drop a note."""
+        """Discard a note."""
 
     @contextmanager
     def task(self, name: str, total: int, done: int = 0) -> Iterator[Silent]:  # noqa: ARG002
-        """Begin a piece of work in silence."""
+        """Start a task without reporting it."""
         yield self
 
     def advance(self) -> None:

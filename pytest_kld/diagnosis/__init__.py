@@ -1,7 +1,7 @@
-"""Diagnosis: where a candidate departs from its reference, drawn from the Scores alone. Pure numpy.
+"""Diagnosis: where a candidate departs from its reference, computed from the Scores alone. Pure numpy.
 
-The result is plain JSON data; reports show it and xdist carries it. Texts in it are as the tokenizer decodes them,
-control characters included: what prints them must escape them.
+The result is plain JSON data; reports show it and xdist transfers it. Its texts are exactly what the tokenizer decodes,
+including control characters: code that prints them must escape them.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 CONFIDENCE_EDGES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 """Bounds of the buckets of reference confidence; the last one includes 1."""
 _STRETCHES = 16
-"""Equal parts that a window is divided into for KL by position."""
+"""The number of equal parts of a window for KL by position."""
 _WORST_POSITIONS = 32
 _WORST_WINDOWS = 8
 _CONTEXT_TOKENS = 32
-"""Tokens of text shown before a label."""
+"""The number of context tokens shown before a label."""
 _VOCABULARY = 16
-"""Tokens listed that lose most, and as many that gain most."""
+"""The number of tokens listed that lose most, and of those that gain most."""
 
 
 class TopToken(TypedDict):
-    """One of the most probable tokens of a side. `text` is None without a tokenizer."""
+    """One of a side's most probable tokens. `text` is None without a tokenizer."""
 
     id: int
     text: str | None
@@ -42,10 +42,11 @@ class TopToken(TypedDict):
 
 
 class WorstPosition(TypedDict):
-    """One of the positions with the greatest KL, each stretch of source text once.
+    """One of the positions with the greatest KL. Each place in the source text is listed once.
 
-    `context` is the text up to and with the position's own token, `label` the next token's id (None in a window's
-    last position), `delta_p` the candidate's probability of it less the reference's, `kl` in nats.
+    `context` is the text up to and including the position's own token; `label` is the next token's id (None at a
+    window's last position); `delta_p` is the candidate's probability of the label minus the reference's; `kl` is in
+    nats.
     """
 
     window: int
@@ -61,7 +62,7 @@ class WorstPosition(TypedDict):
 
 
 class WorstWindow(TypedDict):
-    """One of the windows with the greatest mean KL in nats; `start` in tokens of the source text."""
+    """One of the windows with the greatest mean KL in nats; `start` counts tokens of the source text."""
 
     window: int
     start: int
@@ -70,7 +71,7 @@ class WorstWindow(TypedDict):
 
 
 class ConfidenceBucket(TypedDict):
-    """Positions where the reference's greatest probability is in [low, high), and their mean KL in nats."""
+    """The positions whose greatest reference probability is in [low, high), and their mean KL in nats."""
 
     low: float
     high: float
@@ -79,7 +80,7 @@ class ConfidenceBucket(TypedDict):
 
 
 class PositionBucket(TypedDict):
-    """Positions [start, stop) of every window, and their mean KL in nats."""
+    """The positions [start, stop) of every window, and their mean KL in nats."""
 
     start: int
     stop: int
@@ -88,13 +89,13 @@ class PositionBucket(TypedDict):
 
 # The functional form, because `class` is a keyword.
 TokenClass = TypedDict("TokenClass", {"class": str, "positions": int, "mean_kl": float, "share": float})
-"""Positions whose label is of a class, their mean KL in nats, and their share of the total KL."""
+"""The positions whose label belongs to a class, their mean KL in nats, and their share of the total KL."""
 
 
 class VocabularyEntry(TypedDict):
-    """A token's contribution p (log p − log q) to KL, in nats per position; below 0 where the candidate gives it more.
+    """A token's contribution p (log p − log q) to KL, in nats per position; below 0 if the candidate gives it more.
 
-    It is estimated from a random sample of positions; over the whole vocabulary it adds up to their mean KL.
+    It is estimated from a random sample of positions; the sum over the vocabulary is the mean KL of these positions.
     """
 
     id: int
@@ -103,7 +104,7 @@ class VocabularyEntry(TypedDict):
 
 
 class Diagnosis(TypedDict):
-    """Everything that is said about one pair."""
+    """All findings about one pair."""
 
     patterns: list[Pattern]
     worst_positions: list[WorstPosition]
@@ -119,8 +120,8 @@ def diagnose(scores: Scores, tokens: Tokens | None = None) -> Diagnosis:
     """Describe where a candidate departs from its reference.
 
     Args:
-        scores: the table, with at least one valid position. What was stored beside it (`Scores.evidence`) gives the
-            most probable tokens and the vocabulary; without it these are empty.
+        scores: the table, with at least one valid position. The evidence stored with it (`Scores.evidence`) gives the
+            most probable tokens and the vocabulary; without evidence these are empty.
         tokens: turns ids into text; without it texts are None and there are no token classes.
 
     """
@@ -212,7 +213,7 @@ def _by_position(positions: Positions) -> list[PositionBucket]:
 
 
 def _by_token_class(positions: Positions, tokens: Tokens) -> list[TokenClass]:
-    """Group by the class of the label, the classes with the greatest share of the KL first."""
+    """Group positions by the class of the label; the classes with the greatest share of the KL come first."""
     labelled = positions.valid & (positions.labels >= 0)
     ids, which = np.unique(positions.labels[labelled], return_inverse=True)
     classes = np.array([CLASSES.index(tokens.class_of(token_id)) for token_id in ids.tolist()], int)[which]
@@ -236,7 +237,7 @@ def _by_token_class(positions: Positions, tokens: Tokens) -> list[TokenClass]:
 
 
 def _share(group: NDArray[np.float64], kl: NDArray[np.float64]) -> float:
-    """Return a group's share of a total; where that is infinite, its share of the infinite positions."""
+    """Return a group's share of the total; if that is infinite, its share of the infinite positions."""
     if np.isinf(kl).any():
         group, kl = np.isinf(group), np.isinf(kl)
     return float(group.sum() / kl.sum()) if kl.any() else 0.0

@@ -1,7 +1,7 @@
-"""Patterns: what a known fault looks like in the figures, with a detector for each.
+"""Patterns: how known faults appear in the figures, with a detector for each.
 
-A detector answers with the figures it recognised the fault by, or with None. Thresholds are wide of what healthy
-quantized models show; where a number is one of judgement, the comment beside it says what it was held against.
+A detector returns the figures by which it recognised the fault, or None. Thresholds are far from the figures of healthy
+quantized models; if a number is a matter of judgement, a comment says what it was compared with.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Pattern(TypedDict):
     """A fault that the data show.
 
-    `name` is one of `PATTERNS`, `explanation` what it usually means and what to look at, `evidence` the figures that
-    it was recognised by.
+    `name` is one of `PATTERNS`; `explanation` says what it usually means and what to check; `evidence` gives the
+    figures by which it was recognised.
     """
 
     name: str
@@ -30,20 +30,20 @@ class Pattern(TypedDict):
 
 
 PATTERNS = {
-    "identical": "Both sides are the same to the last bit. Was the candidate quantized at all, or the reference named "
+    "identical": "Both sides are the same to the last bit. Was the candidate quantized at all? Was the reference named "
     "twice?",
-    "implausible": "More often than not the candidate's first choice is another token. Quantization alone does not do "
-    "that: the weights, the head, the tokenizer or the text is the wrong one.",
-    "nan-onward": "From one position on, nothing in a window is finite. Attention carries a NaN on to all that "
-    "follows, so look at what stands at the first one: its token's embedding, its position, an overflow in 16 bits.",
-    "broken-stretch": "Every window that covers a stretch of the text is wrong there and right elsewhere. The cause is "
-    "in what the text says: rare tokens with broken embeddings, a script or format that calibration never saw.",
+    "implausible": "At most positions the candidate's first choice is a different token. Quantization alone does not "
+    "cause that: the weights, the head, the tokenizer or the text is wrong.",
+    "nan-onward": "From one position on, nothing in a window is finite. Attention passes a NaN on to all later "
+    "positions, so check the first one: its token's embedding, its position, an overflow in 16 bits.",
+    "broken-stretch": "Every window that covers a certain stretch of the text is wrong there and right elsewhere. The "
+    "cause is in the text: rare tokens with broken embeddings, or a script or format that calibration never saw.",
     "shifted-tokens": "The logits of some tokens are off by the same amount at every position. Their rows of the head "
-    "or its bias differ: added tokens that conversion or calibration left out.",
-    "off-by-one": "The candidate answers for a neighbouring position. Rows or token ids are shifted by one on one "
-    "side: a doubled or missing first token, or a capture of another server.",
-    "permuted-vocabulary": "The candidate says consistent things under other ids. Rows of its head are in another "
-    "order, or its tokenizer numbers tokens in another way.",
+    "or its bias differ, for example for added tokens that conversion or calibration omitted.",
+    "off-by-one": "The candidate's answers belong to a neighbouring position. Rows or token ids are shifted by one on "
+    "one side: a doubled or missing first token, or a capture from another server.",
+    "permuted-vocabulary": "The candidate makes consistent predictions under different ids. The rows of its head are "
+    "in a different order, or its tokenizer numbers tokens differently.",
     "wrong-scale": "The candidate's distribution is the reference's at another temperature. A scale on the logits is "
     "missing or doubled: a logit scale, a soft cap, a norm before the head, a scale of the head's weights.",
     "uniform-noise": "The loss is spread evenly over the text and over the window: nothing in particular is broken, "
@@ -52,13 +52,13 @@ PATTERNS = {
 """The patterns by name, with what each usually means."""
 
 _SUFFICIENT = 16
-"""Positions below which no share of them is taken for a regularity."""
+"""With fewer positions than this, no share of them counts as a regularity."""
 _STRETCH = 16
-"""Tokens in a stretch of source text: long enough that its median does not follow single hard tokens."""
+"""Tokens in a stretch of source text; with this many, single hard tokens do not determine its median."""
 
 
 def find_patterns(positions: Positions, tokens: Tokens | None) -> list[Pattern]:
-    """Name the faults that the data show. Uniform noise is named only where nothing more particular is."""
+    """Name the faults that the data show. Uniform noise is named only if no other pattern is found."""
     found = {name: detect(positions, tokens) for name, detect in _DETECTORS.items()}
     if not any(found.values()):
         found["uniform-noise"] = _uniform_noise(positions)
@@ -77,7 +77,7 @@ def _identical(positions: Positions, _: Tokens | None) -> str | None:
 
 def _implausible(positions: Positions, _: Tokens | None) -> str | None:
     agreement = positions.top1_agreement
-    # Published 2-bit quantizations keep above 70 %; half is far below all that is used.
+    # Published 2-bit quantizations keep more than 70 %; half is far below everything in use.
     return f"top-1 agreement is {agreement:.1%}" if agreement < 0.5 else None
 
 
@@ -90,7 +90,7 @@ def _nan_onward(positions: Positions, tokens: Tokens | None) -> str | None:
 def _onward(side: str, bad: Booleans, positions: Positions, tokens: Tokens | None) -> str | None:
     windows = np.flatnonzero(bad.any(1))
     first = bad[windows].argmax(1)
-    onward = bad[windows].sum(1) == bad.shape[1] - first  # finite before the first one by its definition
+    onward = bad[windows].sum(1) == bad.shape[1] - first  # positions before the first are finite by definition
     if not windows.size or not onward.all():
         return None
     evidence = f"the {side} is not finite in {windows.size:,} of {len(bad):,} windows, from one position to the end"
@@ -103,10 +103,10 @@ def _onward(side: str, bad: Booleans, positions: Positions, tokens: Tokens | Non
 
 
 def _broken_stretch(positions: Positions, _: Tokens | None) -> str | None:
-    """Compare the medians of stretches of the text, each at its best over the windows that cover it.
+    """Compare the medians of stretches of the text; for each stretch, the window with the lowest median counts.
 
-    A median follows no single hard token. Text differs in difficulty, so a stretch is held against the hardest tenth
-    of the text, not against the middle: it must be ten times worse.
+    Single hard tokens do not determine a median. Text differs in difficulty, so a stretch is compared with the hardest
+    tenth of the text, not with the middle: it must be ten times worse.
     """
     stretches = _medians_of_stretches(positions)
     covered = {place: medians for place, medians in stretches.items() if len(medians) > 1}
@@ -134,7 +134,7 @@ def _broken_stretch(positions: Positions, _: Tokens | None) -> str | None:
 
 
 def _medians_of_stretches(positions: Positions) -> dict[tuple[int, int], list[float]]:
-    """Return, by text and number of the stretch, its median KL in each window that covers it whole."""
+    """Return, by text and number of the stretch, its median KL in each window that covers it completely."""
     medians: dict[tuple[int, int], list[float]] = {}
     size = positions.shape[1]
     for window, text in enumerate(positions.text.tolist()):
@@ -153,8 +153,8 @@ def _medians_of_stretches(positions: Positions) -> dict[tuple[int, int], list[fl
 def _shifted_tokens(positions: Positions, tokens: Tokens | None) -> str | None:
     """Find tokens whose logits are off by a constant.
 
-    Shifted is what is off by half a nat or more (the odds change by 1.6), eight times as much as is usual over the
-    vocabulary, and by three times its own deviation over positions.
+    A token counts as shifted if its logit is off by more than half a nat (a factor of 1.6 in the odds), by more than
+    eight times the typical shift over the vocabulary, and by more than three times its own deviation over positions.
     """
     evidence = positions.evidence
     if "shift" not in evidence or len(evidence["sampled"]) < _SUFFICIENT:
@@ -173,7 +173,7 @@ def _shifted_tokens(positions: Positions, tokens: Tokens | None) -> str | None:
 
 
 def _off_by_one(positions: Positions, _: Tokens | None) -> str | None:
-    """Hold the candidate's choices against the reference's at the neighbouring positions."""
+    """Compare the candidate's choices with the reference's at the neighbouring positions."""
     reference, candidate, valid = positions.reference_argmax, positions.candidate_argmax, positions.valid
     both = valid[:, 1:] & valid[:, :-1]
     if both.sum() < _SUFFICIENT:
@@ -181,20 +181,21 @@ def _off_by_one(positions: Positions, _: Tokens | None) -> str | None:
     before = float((candidate[:, 1:] == reference[:, :-1])[both].mean())
     after = float((candidate[:, :-1] == reference[:, 1:])[both].mean())
     match, side = max((before, "before"), (after, "after"))
-    # Repetitive text agrees with its neighbours too, but not more than with itself.
+    # Repetitive text also agrees with neighbouring positions, but not more than with the same position.
     if match < 0.5 or match < positions.top1_agreement + 0.2:
         return None
     return (
-        f"the candidate's first choice is the reference's of the position {side} in {match:.1%}, and of the same "
-        f"position in {positions.top1_agreement:.1%}"
+        f"the candidate's first choice is the reference's at the position {side} in {match:.1%} of cases, and at the "
+        f"same position in {positions.top1_agreement:.1%}"
     )
 
 
 def _permuted_vocabulary(positions: Positions, tokens: Tokens | None) -> str | None:
     """Find tokens that the candidate consistently calls by another id.
 
-    A token is renamed if the candidate's choice for it is mostly one other token, and that one's is mostly this token
-    in turn, in five positions or more: errors of quantization go to common tokens, which have many sources.
+    A token counts as renamed if the candidate mostly chooses one other token in its place, and that other token mostly
+    appears in its place, at five positions or more. Quantization errors, in contrast, lead to common tokens, which
+    replace many different tokens.
     """
     reference, candidate = positions.reference_argmax[positions.valid], positions.candidate_argmax[positions.valid]
     keys, counts = np.unique(reference << 32 | candidate, return_counts=True)
@@ -206,7 +207,7 @@ def _permuted_vocabulary(positions: Positions, tokens: Tokens | None) -> str | N
         return None
     evidence = f"{int(renamed.sum()):,} tokens, {share:.1%} of the positions, have another id"
     offsets, times = np.unique(pairs[1][renamed] - pairs[0][renamed], return_counts=True)
-    if times.max() > 0.9 * times.sum():  # the last ids of a rolled vocabulary come out as the first
+    if times.max() > 0.9 * times.sum():  # in a rolled vocabulary the last ids become the first
         offset = int(offsets[times.argmax()])
         return f"{evidence}, {abs(offset):,} {'higher' if offset > 0 else 'lower'}"
     example = np.flatnonzero(renamed)[counts[renamed].argmax()]
@@ -221,9 +222,9 @@ def _total_per(ids: Integers, counts: Integers) -> Integers:
 
 
 def _wrong_scale(positions: Positions, _: Tokens | None) -> str | None:
-    """Undo the best temperature on sampled rows: if nearly all KL goes away, that was it.
+    """Correct sampled rows by their best temperature: if most of the KL disappears, the scale is wrong.
 
-    Noise leaves the slope near 1 and the KL where it is.
+    With noise, the slope is near 1 and the KL remains.
     """
     evidence = positions.evidence
     if "slope" not in evidence or len(evidence["slope"]) < _SUFFICIENT:
@@ -239,10 +240,10 @@ def _wrong_scale(positions: Positions, _: Tokens | None) -> str | None:
 
 
 def _uniform_noise(positions: Positions) -> str | None:
-    """Recognise loss that is of the same size all over.
+    """Recognise loss that is equally large everywhere.
 
-    In its band it is noticeable (0.05); half of the positions have at least a third of the mean, the worst hundredth
-    carries at most a tenth, and no window nor stretch of window is twice the mean.
+    The mean KL is at least in the band `noticeable` (0.05 nats); half of the positions have at least a third of the
+    mean; the worst hundredth carries at most a tenth of the total; and no window or part of one exceeds twice the mean.
     """
     mean = positions.mean_kl
     kl = positions.kl[positions.valid]

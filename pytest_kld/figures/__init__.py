@@ -1,1 +1,1 @@
-"""Two captures to a table of figures per position, and what is drawn from it."""
+"""From two captures to a table of figures per position, and to the figures computed from it."""

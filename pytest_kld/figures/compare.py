@@ -1,4 +1,4 @@
-"""Comparing two captures: both sides' logits, block by block, through the kernel into Scores."""
+"""Compares two captures: passes both sides' logits block by block through the kernel into Scores."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from pytest_kld.text.windows import Windows
 
 _BLOCK_ELEMENTS = 1 << 25
-"""Logits per side and block: 128 MiB in float32, whatever the number of windows."""
+"""Logits per side and block: 128 MiB in float32, regardless of the number of windows."""
 _WORTH_COMPILING = 5_000_000_000
-"""Logits per side from which the compiled reduction saves more on a CPU (5 ns each) than compiling costs (20 s)."""
+"""Logits per side above which compiling pays off on a CPU: it saves 5 ns for each and takes 20 s."""
 
 
 def compare(
@@ -44,17 +44,17 @@ def compare(
     extended: bool = False,
     known: Scores | None = None,
 ) -> Scores:
-    """Compute the figures of every position of every window. No memory of the device is kept, also after an error.
+    """Compute the figures of every position of every window. Device memory is released, even after an error.
 
     Args:
         reference: the reference's capture.
-        candidate: the candidate's, of the same windows.
-        windows: those windows.
+        candidate: the candidate's capture of the same windows.
+        windows: the windows of both captures.
         head: how logits are recomputed from hidden states.
         device: where to compute.
-        progress: told of each window.
+        progress: notified after each window.
         extended: whether to make a second pass for the columns of `Extended`.
-        known: scores of the first windows of the same pair; they are taken over where the kernel is the same.
+        known: scores of the first windows of the same pair; they are reused if they come from the same kernel.
 
     Raises:
         CaptureError: the captures differ in token ids, a window is short, or an id lies outside the common
@@ -76,7 +76,7 @@ def compare(
         scores = Scores(columns=columns, about=_about(reference, candidate, windows, head, device, kernel, vocab_size))
         return replace(scores, evidence=gather_evidence(scores, readers, windows.starts))
     except BaseException as error:
-        clear_frames(error.__traceback__)  # an error that is kept would keep the heads and blocks of logits as well
+        clear_frames(error.__traceback__)  # a stored error would otherwise keep the heads and blocks of logits alive
         raise
     finally:
         readers.clear()
@@ -84,7 +84,7 @@ def compare(
 
 
 def _columns(windows: Windows, extended: bool, known: Scores | None) -> tuple[dict[str, NDArray[Any]], int]:
-    """Return the table's columns, and for how many windows they are filled in from scores that are known."""
+    """Return the table's columns, and the number of windows already filled in from known scores."""
     shape, done = (windows.count, windows.size), 0
     columns = {name: np.empty(shape, dtype) for name, dtype in COLUMNS.items()}
     if extended:
@@ -128,7 +128,7 @@ def scores_key(reference: Capture, candidate: Capture, windows: Windows, head: H
         "pytest_kld": __version__,
         "reference": reference.digest,
         "candidate": candidate.digest,
-        # Captures of two backends may be equal to the bit; what the scores say of them is not.
+        # Captures of two backends may be bitwise equal, but their descriptions in the scores differ.
         "captures": [reference.manifest["key"], candidate.manifest["key"]],
         "token_ids_sha256": windows.digest,
         "head": head,
@@ -146,7 +146,7 @@ def _pick_reduction(
         generator, labels = torch.Generator().manual_seed(0), torch.tensor([0, 0])
         z_r, z_c = (torch.randn(2, width, generator=generator) * 4 for width in widths)
         compiled, eager = (divergence(z_r, z_c, labels, reduction=way) for way in (reduction, eager_reduction))
-        for figure in fields(Divergence):  # a compiler may be there, and broken
+        for figure in fields(Divergence):  # a compiler may be installed but broken
             torch.testing.assert_close(getattr(compiled, figure.name), getattr(eager, figure.name), rtol=1e-4, atol=0)
     except Exception as error:
         return eager_reduction, f"eager (torch.compile does not work here: {type(error).__name__})"
@@ -157,7 +157,7 @@ def _require_labels(vocab_size: int, windows: Windows, reference: Capture, candi
     greatest = int(windows.token_ids.max())
     if greatest >= vocab_size:
         raise CaptureError(
-            f"the windows use token id {greatest:,}, and the vocabulary common to {reference.name} "
+            f"the windows use token id {greatest:,}, but the vocabulary common to {reference.name} "
             f"({reference.vocab_size:,}) and {candidate.name} ({candidate.vocab_size:,}) ends before it"
         )
 
@@ -166,7 +166,7 @@ def _require_same_ids(window: int, windows: Windows, *captures: Capture) -> None
     for capture in captures:
         ids = capture.token_ids(window)
         if ids is not None and not np.array_equal(ids.numpy(), windows.token_ids[window]):
-            raise CaptureError(f"token ids differ: window {window} of {capture.path} is not this session's")
+            raise CaptureError(f"token ids differ: window {window} of {capture.path} has other ids than this session's")
 
 
 def _about(

@@ -1,7 +1,7 @@
-"""Evidence: what a diagnosis needs of the logits, taken at compare time and kept beside the Scores.
+"""Evidence: the data from the logits that a diagnosis needs, collected during a comparison and stored with the Scores.
 
-After the main pass, a second one looks at few rows only: those with the greatest KL, for the most probable tokens of
-both sides, and a random sample of the others, for figures over the vocabulary. The kernel stays as it is.
+After the main pass, a second one reads only a few rows: those with the greatest KL, for the most probable tokens of
+both sides, and a random sample of all valid rows, for figures over the vocabulary. The kernel is not involved.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ if TYPE_CHECKING:
 WORST = 32
 """Positions whose most probable tokens are kept."""
 TOP = 5
-"""How many of them."""
+"""The number of most probable tokens that are kept."""
 _KEPT = 128
-"""Tokens kept of each end of the two orders, by contribution and by shift."""
+"""Tokens kept from each end of the two orders, by contribution and by shift."""
 _LEAST_SAMPLED, _MOST_SAMPLED, _SAMPLED_SHARE = 128, 2048, 32
-"""Rows in the sample: a 32nd of all positions within these bounds, so that it costs a few per cent of a comparison."""
+"""Rows in the sample: 1/32 of all positions, within these bounds, which costs a few per cent of a comparison."""
 _BLOCK_ELEMENTS = 1 << 20
-"""Logits per side that are looked at together on a CPU: what stays in its caches."""
+"""Logits per side that are processed at a time on a CPU: they fit into its caches."""
 _DEVICE_ELEMENTS = 1 << 25
 _FLOOR = -60.0
-"""Log-probabilities below this, −∞ among them, count as this: their weight is nothing."""
+"""Smaller log-probabilities, including −∞, are raised to this: their weight is negligible."""
 
 
 def gather_evidence(
     scores: Scores, readers: Sequence[LogitsReader], starts: NDArray[np.int64]
 ) -> dict[str, NDArray[Any]]:
-    """Look at a pair's worst rows, and at a sample.
+    """Collect evidence from a pair's worst rows and from a sample of its rows.
 
     Args:
         scores: the finished table.
-        readers: of the reference and of the candidate.
+        readers: the readers of the reference and of the candidate, in this order.
         starts: [windows], where each window begins in its text.
 
     Returns:
         `starts`; `worst` [K, 2] windows and positions; `reference_top_ids`, `reference_top_p`, `candidate_top_ids`,
-        `candidate_top_p` [K, 5]; of S sampled rows `sampled` [S, 2], `slope` [S], `kl` [S] and `tempered_kl` [S];
-        of M tokens `vocabulary_ids`, `contribution`, `shift` and `shift_deviation` [M]; `shift_scale` [1]. Of the
-        rows and the vocabulary see `_Sample`.
+        `candidate_top_p` [K, 5]; for S sampled rows `sampled` [S, 2], `slope` [S], `kl` [S] and `tempered_kl` [S];
+        for M tokens `vocabulary_ids`, `contribution`, `shift` and `shift_deviation` [M]; `shift_scale` [1]. `_Sample`
+        defines the figures of rows and vocabulary.
 
     """
     positions = Positions.of(scores)
@@ -70,16 +70,16 @@ def gather_evidence(
 
 
 class _Sample:
-    """Figures of sampled rows and, over them, of the vocabulary.
+    """Figures of sampled rows and, averaged over these rows, of the vocabulary.
 
-    With log p, log q the log-probabilities of both sides, x and y the same less their means over the vocabulary:
+    With log p, log q the log-probabilities of both sides, x and y the same minus their means over the vocabulary:
 
         slope            = Σ x y / Σ x², the exponent with which p comes closest to q: a temperature of 1 / slope
-        tempered_kl      = KL(softmax(slope · log p) ‖ q), what is left of the KL once that is undone
-        contribution     = mean over rows of p (log p − log q), nats; over the vocabulary it adds up to the mean KL
-        shift            = mean over rows of y − x: by how much the logit of a token is off, nats
+        tempered_kl      = KL(softmax(slope · log p) ‖ q), the KL that remains after correcting the temperature
+        contribution     = mean over rows of p (log p − log q), nats; its sum over the vocabulary is the mean KL
+        shift            = mean over rows of y − x: the offset of a token's logit, nats
         shift_deviation  = standard deviation of the same over rows
-        shift_scale      = what is usual for shifts over the vocabulary: 1.4826 · median |shift|
+        shift_scale      = the typical shift over the vocabulary: 1.4826 · median |shift|
     """
 
     def __init__(self, vocab_size: int) -> None:
@@ -102,7 +102,7 @@ class _Sample:
         self._rows += len(z_r)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Return the figures, those of the vocabulary for the tokens at the ends of each order only."""
+        """Return the figures; those of the vocabulary only for the tokens at both ends of each order."""
         contribution, shift, square = self._sums / max(self._rows, 1)
         deviation = np.sqrt((square - shift**2).clip(min=0))
         ends = [np.r_[order[:_KEPT], order[-_KEPT:]] for order in (np.argsort(contribution), np.argsort(shift))]
@@ -121,7 +121,7 @@ class _Sample:
 
 
 def _random_rows(positions: Positions) -> list[tuple[int, int]]:
-    """Pick valid positions at random, always the same ones: a regular step could fall in with the windows' stride."""
+    """Pick random valid positions with a fixed seed: regular steps could coincide with the windows' stride."""
     valid = np.flatnonzero(positions.valid)
     count = min(valid.size, _MOST_SAMPLED, max(_LEAST_SAMPLED, positions.kl.size // _SAMPLED_SHARE))
     chosen = np.sort(np.random.default_rng(0).choice(valid, count, replace=False))
@@ -133,7 +133,7 @@ def _blocks(
     readers: Sequence[LogitsReader], where: Sequence[tuple[int, int]], vocab_size: int
 ) -> Iterator[list[Tensor]]:
     elements = _BLOCK_ELEMENTS if readers[0].device.type == "cpu" else _DEVICE_ELEMENTS
-    rows = max(8, elements // vocab_size)  # fewer would read the head's weights too often
+    rows = max(8, elements // vocab_size)  # smaller blocks would read the head's weights too often
     for start in range(0, len(where), rows):
         block = where[start : start + rows]
         yield [reader.logits_at(block)[:, :vocab_size].float() for reader in readers]

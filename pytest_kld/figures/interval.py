@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 _POWER = 1.43
-"""(z₀.₉₇₅ + z₀.₈) / z₀.₉₇₅: with this much more distance than half a width, 4 of 5 samples decide."""
+"""(z₀.₉₇₅ + z₀.₈) / z₀.₉₇₅: if the distance is this many half widths, 4 of 5 samples decide."""
 _MOST_TIMES = 100
-"""Beyond so many times the text, a figure is called too close to its limit."""
+"""If more than this many times the text would be needed, a figure is called too close to its limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,12 +17,12 @@ class Interval:
     """A confidence interval of one figure, in the figure's unit.
 
     Attributes:
-        low: the lower bound; it errs as often as the upper.
+        low: the lower bound; it is wrong as often as the upper one.
         high: the upper bound; infinite if the text is too short to give one.
-        confidence: the share of texts for which such an interval holds the figure of all text of this kind.
-        effective_positions: independent positions that would leave the figure as uncertain.
-        least_windows: if the text is too short for a bound, the least number of windows that would do; the interval
-            then has all values that the figure can take (of a quantile, all values upwards). Else None.
+        confidence: the share of texts whose interval contains the figure of all text of this kind.
+        effective_positions: the number of independent positions that would give the same uncertainty.
+        least_windows: if the text is too short for a bound, the smallest number of windows that would suffice; the
+            interval then contains all values that the figure can take (for a quantile, all values upwards). Else None.
 
     """
 
@@ -33,10 +33,10 @@ class Interval:
     least_windows: int | None = None
 
     def times_the_text(self, value: float, bound: float) -> float | None:
-        """Return how many times the text would probably tell the figure from the bound; None if far too many.
+        """Return how many times as much text would probably separate the figure from the bound; None if far too much.
 
-        Half a width shrinks with the root of the text; where the figure stays, it should end before the bound
-        with a chance of 80 %.
+        Half the width shrinks with the square root of the amount of text. If the figure stays the same, the interval of
+        that much text ends before the bound with a probability of 80 %.
         """
         half = self.high - value if value <= bound else value - self.low
         distance = abs(value - bound)

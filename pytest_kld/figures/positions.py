@@ -1,4 +1,4 @@
-"""The positions of a pair's Scores as diagnosis looks at them: where they are in the text, and what was found there."""
+"""The positions of a pair's Scores as the diagnosis needs them: their places in the text and their figures."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ Booleans = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Positions:
-    """All positions of one pair; arrays are [windows, positions] unless said otherwise.
+    """All positions of one pair; arrays are [windows, positions] unless stated otherwise.
 
     Attributes:
-        kl: KL(reference ‖ candidate) in nats; NaN where a side is not finite.
-        valid: where both sides are finite.
-        reference_bad: where the reference is not finite; `candidate_bad` the same of the candidate.
+        kl: KL(reference ‖ candidate) in nats; NaN if a side is not finite.
+        valid: whether both sides are finite.
+        reference_bad: whether the reference is not finite; `candidate_bad`: the same for the candidate.
         confidence: the reference's probability of its most probable token.
-        delta_p: the candidate's probability of the label less the reference's; NaN without a label.
-        reference_argmax: the reference's most probable token; `candidate_argmax` the candidate's.
+        delta_p: the candidate's probability of the label minus the reference's; NaN without a label.
+        reference_argmax: the reference's most probable token; `candidate_argmax`: the candidate's.
         token_ids: the tokens that the models saw.
-        labels: the next token, −1 where there is none.
-        text: [windows], the number of the text that a window is from: starts rise within one.
-        source: where in its text a position's token is.
+        labels: the next token, −1 if there is none.
+        text: [windows], the number of the text that a window is from; within one text the windows' starts increase.
+        source: the place of a position's token in its text.
         skipped: positions at the start of each window that the table leaves out.
-        evidence: what was stored beside the table; see `evidence.gather_evidence`. May be empty.
+        evidence: the arrays stored with the table; see `evidence.gather_evidence`. May be empty.
 
     """
 
@@ -56,7 +56,7 @@ class Positions:
 
     @classmethod
     def of(cls, scores: Scores) -> Positions:
-        """Look at a table and at what was stored beside it."""
+        """Create the positions from a table and the evidence stored with it."""
         columns, flags = scores.columns, scores.columns["flags"]
         reference_bad, candidate_bad = (flags & _REFERENCE_NON_FINITE) != 0, (flags & _CANDIDATE_NON_FINITE) != 0
         windows, size = flags.shape
@@ -82,7 +82,7 @@ class Positions:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Return how many windows there are, and positions in each."""
+        """Return the number of windows, and of positions in each."""
         windows, size = self.kl.shape
         return windows, size
 
@@ -93,13 +93,13 @@ class Positions:
 
     @property
     def top1_agreement(self) -> float:
-        """Return the share of valid positions where both name the same most probable token."""
+        """Return the share of valid positions where both sides have the same most probable token."""
         return float((self.reference_argmax == self.candidate_argmax)[self.valid].mean())
 
     def worst(self, count: int) -> list[tuple[int, int]]:
         """Return (window, column) of the positions with the greatest KL, the greatest first.
 
-        Windows overlap, so one place in the text is scored several times; it is listed once, at its worst. Positions
+        Windows overlap, so one place in the text can be scored several times; only its worst score is listed. Positions
         with KL = 0 are not listed.
         """
         flat = np.flatnonzero(self.valid & (self.kl > 0))
@@ -111,7 +111,7 @@ class Positions:
         return list(zip(windows.tolist(), columns.tolist(), strict=True))
 
     def top_share(self, share: float) -> float:
-        """Return the share of the total KL that the given share of positions, those with the greatest KL, carries."""
+        """Return the share of the total KL in the given share of positions with the greatest KL."""
         kl = np.sort(self.kl[self.valid])[::-1]
         total = float(kl.sum())
         if total == 0 or math.isinf(total):

@@ -1,4 +1,4 @@
-"""The profile of a pair: what charts are drawn from. It is made where the Scores are and travels in their place."""
+"""The profile of a pair: the data for charts. The process that has the Scores makes it and sends it instead of them."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ if TYPE_CHECKING:
 
 BINS_PER_DECADE = 8
 SMALLEST = 1e-9
-"""Nats; what is smaller is counted and not drawn, so that a few exact zeros do not stretch an axis."""
+"""Nats; smaller values are counted but not drawn, so that a few exact zeros do not stretch an axis."""
 _SURVIVAL_POINTS = 120
 _TEXT_BINS = 200
 
 
 def profile_of(scores: Scores) -> dict[str, Any]:
-    """Describe how KL is distributed, over values and over the text, in some kilobytes whatever the size of the table.
+    """Describe the distribution of KL over values and over the text, in a few kilobytes for a table of any size.
 
     Returns:
         Plain data; KL in nats, over the positions that are finite on both sides:
-        `histogram`: `[lower, upper, count]`, bins of an eighth of a decade without the empty ones;
-        `below`: how many positions have less than `SMALLEST`; they are in no bin;
-        `survival`: `[kl, share]` by falling kl: that share of the positions has at least this KL, exactly;
+        `histogram`: `[lower, upper, count]` of each bin that is not empty; a bin is an eighth of a decade;
+        `below`: the number of positions with less than `SMALLEST`; they are in no bin;
+        `survival`: `[kl, share]` by decreasing kl: exactly this share of the positions has at least this KL;
         `text`: `[start, stop, mean, max]` of stretches of the text, in tokens from its start, each position counted
         once for every window that it is in; stretches that no window covers are left out;
-        `windows`: `[mean, max]` of each window, None where no position of it is valid.
+        `windows`: `[mean, max]` of each window, or None if it has no valid position.
 
     """
     kl = scores.columns["kl"]
@@ -57,7 +57,7 @@ def _survival(falling: NDArray[np.float64]) -> list[list[float]]:
 
 
 def _places(scores: Scores) -> NDArray[np.int64]:
-    """Return where in the text each position [windows, positions] is, in tokens; several texts follow one another."""
+    """Return the place in the text of each position [windows, positions], in tokens; several texts are concatenated."""
     protocol = scores.about["protocol"]
     starts, end = [], 0
     for dataset in protocol["datasets"]:
@@ -85,5 +85,5 @@ def _mean_and_max(kl: NDArray[np.float64]) -> list[float] | None:
 
 
 def _short(number: float) -> float:
-    """Keep six digits: more than a chart shows."""
+    """Round to six digits, which is more than a chart shows."""
     return float(f"{number:.6g}")

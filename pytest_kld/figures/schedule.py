@@ -1,10 +1,11 @@
-"""The schedule of adaptive windows: when to look at the data, and what error each look may spend.
+"""The schedule of adaptive windows: when to look at the data, and how much error each look may spend.
 
-Who looks several times and stops when the answer pleases is wrong more often than each look says. So the looks share
-the error: one that brings the windows from a share of the greatest number to a larger one may spend the difference of
-the squares (α-spending, Lan & DeMets 1983, with a power function of Kim & DeMets 1987). These add up to 1, so that
-by Bonferroni's inequality all looks together err no more often than 1 − confidence, however they depend on each
-other. The square is for the heavy tail: a look at few windows, which may not have seen any of it, gets little to spend.
+Looking repeatedly and stopping at a favourable result inflates the error rate. So the looks share the error: a look
+that raises the number of windows from one share of the maximum to a larger share may spend the difference of the
+squared shares (α-spending, Lan & DeMets 1983, with a power function of Kim & DeMets 1987). The differences add up to 1.
+By Bonferroni's inequality, all looks together are therefore wrong no more often than 1 − confidence, regardless of how
+they depend on each other. The square accounts for the heavy tail: a look at few windows, which may not include any of
+the tail, may spend little.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Look:
     """One look at the data.
 
     Attributes:
-        windows: windows that are there then.
+        windows: the number of windows at this look.
         spend: the share of the error, 1 − confidence, that this look may use up.
 
     """
@@ -33,9 +34,10 @@ class Look:
 
 
 def schedule(most: int) -> list[Look]:
-    """Return the looks on the way to `most` windows: each round doubles what is there.
+    """Return the looks on the way to `most` windows: each round doubles the number of windows.
 
-    Five rounds at most, the first a sixteenth; doubling keeps the cost of all rounds within that of two runs.
+    There are at most five rounds; the first has a sixteenth of the windows. Doubling keeps the cost of all rounds below
+    that of two runs.
     """
     counts = sorted({-(-most // 2**halvings) for halvings in range(MOST_ROUNDS)})
     before = [0, *counts]

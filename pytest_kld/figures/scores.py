@@ -1,6 +1,6 @@
-"""Scores, the table of figures per position of one pair, and the Summary that is drawn from it.
+"""Scores, the table of figures per position of one pair, and the Summary that is computed from it.
 
-Everything behind this point (limits, reports) needs the table alone: no model, no accelerator, no torch.
+All later stages (limits, reports) need only the table: no model, no accelerator, no torch.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ COLUMNS = {
 """The columns and their dtypes; each has shape [windows, positions]. See `divergence.Divergence`."""
 
 EXTENDED_COLUMNS = ("reverse_kl", "js", "tv", "top5_overlap", "entropy_difference")
-"""Further columns, float64, which a table has if they were asked for: all of them or none. See `extended.Extended`."""
+"""Further columns, float64, which a table has on request: all of them or none. See `extended.Extended`."""
 
 CONFIDENT = 0.5
-"""A position counts for flips where the reference gives its most probable token more than this: a majority."""
+"""A position counts for flips if the reference gives its most probable token more than this: a majority."""
 
 _EVIDENCE = "evidence."
 """Prefix of the evidence's arrays in the file."""
@@ -61,7 +61,7 @@ class Scores:
         columns: the arrays named in `COLUMNS`, and those in `EXTENDED_COLUMNS` if they were computed; each
             [windows, positions].
         about: what was compared and how: both captures, protocol, head, versions. Plain JSON.
-        evidence: further arrays for a diagnosis, see `evidence.gather_evidence`; empty where none were taken.
+        evidence: further arrays for a diagnosis, see `evidence.gather_evidence`; empty if none were collected.
 
     """
 
@@ -76,16 +76,16 @@ class Scores:
 
     @property
     def skipped(self) -> int:
-        """Return how many positions at the start of each window the table leaves out."""
+        """Return the number of positions at the start of each window that the table omits."""
         return int(self.about.get("skip_first", 0))
 
     def without_first(self, positions: int) -> Scores:
-        """Leave out the first positions of each window, which have fewer tokens than that before them."""
+        """Omit the first `positions` positions of each window, which have less context than the others."""
         columns = {name: column[:, positions:] for name, column in self.columns.items()}
         return replace(self, columns=columns, about={**self.about, "skip_first": self.skipped + positions})
 
     def by_dataset(self) -> dict[str, Scores]:
-        """Take a table of several datasets apart; one of a single dataset stays whole."""
+        """Split a table of several datasets into one table for each. A single dataset gives one table."""
         tables, start = {}, 0
         for dataset in self.about["protocol"]["datasets"]:
             rows = slice(start, start := start + dataset["windows"])
@@ -95,11 +95,11 @@ class Scores:
         return tables
 
     def save(self, path: Path, key: Mapping[str, Any] | None = None) -> None:
-        """Write the table as one safetensors file, whole or not at all.
+        """Write the table as one safetensors file, completely or not at all.
 
         Args:
             path: the file.
-            key: what determines the scores, see `compare.scores_key`; kept in the file and compared by `load`.
+            key: what determines the scores, see `compare.scores_key`; stored in the file, and checked by `load`.
 
         """
         saved_key = _digest_of_key(key)
@@ -118,10 +118,10 @@ class Scores:
 
         Args:
             path: the file.
-            key: what the scores must be of, see `save`; None takes the scores of anything.
+            key: the key that the scores must have, see `save`; None accepts any scores.
 
         Raises:
-            DamagedScoresError: the file is truncated, altered, of another schema, or of something else.
+            DamagedScoresError: the file is truncated or modified, or has another schema or key.
 
         """
         try:
@@ -139,7 +139,7 @@ class Scores:
         if not intact:
             raise DamagedScoresError(_corrupt(path))
         if key is not None and (metadata["key"] != _digest_of_key(key) or not _is_of(scores.about, key)):
-            raise DamagedScoresError(f"the scores file {path} holds the scores of something else than its name says")
+            raise DamagedScoresError(f"the scores file {path} contains other scores than its name says")
         return scores
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
@@ -165,36 +165,37 @@ def _flagged(scores: Scores, bits: int) -> NDArray[np.bool_]:
 class Summary:
     """The figures of one pair. Divergences and entropies in nats, probabilities and shares in [0, 1].
 
-    Means and quantiles are over the valid positions: those that the table does not leave out and where both sides
-    are finite. A figure that was not computed, or of which there is no case, is None. Quantiles interpolate
-    linearly between order statistics (Hyndman & Fan type 7, numpy's default) and are exact at any size.
+    Means and quantiles are over the valid positions: those that the table contains and at which both sides are finite.
+    A figure is None if it was not computed or if no position qualifies. Quantiles interpolate linearly between order
+    statistics (Hyndman & Fan type 7, numpy's default) and are exact for any number of positions.
 
     Attributes:
-        positions: positions in all windows, those that the table leaves out included.
-        skipped: how many of them the table leaves out (`--kld-skip-first`).
+        positions: positions in all windows, including those that the table omits.
+        skipped: the number of positions that the table omits (`--kld-skip-first`).
         coverage: share of `positions` that are valid.
         mean: mean KL(reference ‖ candidate).
         median: its 50 % quantile; p90, p95, p99 and p999 likewise.
         max: its largest value.
-        reference_nan_count: positions of the table where the reference is not finite.
-        candidate_nan_count: positions of the table where the candidate is not finite.
+        reference_nan_count: positions of the table at which the reference is not finite.
+        candidate_nan_count: positions of the table at which the candidate is not finite.
         infinite_count: valid positions with KL = +inf.
-        cut_mass: the largest probability, at any valid position and of either side, of tokens that the other side
-            lacks; every other figure is of what is left, renormalised. 0 if the vocabularies are equal.
-        top1_agreement: share of valid positions where both name the same most probable token.
+        cut_mass: the largest probability that either side gives, at any valid position, to tokens that the other side
+            lacks; every other figure is computed from the remaining tokens, renormalised. 0 if the vocabularies are
+            equal.
+        top1_agreement: share of valid positions at which both sides have the same most probable token.
         reference_ppl: perplexity, exp(mean NLL), of the reference over valid positions with a label.
-        candidate_ppl: the same of the candidate.
+        candidate_ppl: the same for the candidate.
         ppl_ratio: candidate_ppl / reference_ppl.
         log_ppl_ratio: its natural logarithm.
         rms_delta_p: root mean square of p_candidate(label) − p_reference(label), as llama.cpp reports it.
-        flips: share of the positions where the reference is confident (it gives its most probable token more than
-            `CONFIDENT`) at which the candidate's most probable token is another. After Dutta et al.,
-            arXiv 2407.09141, whose flips are answers that change. None where it is confident nowhere.
-        reverse_kl: mean KL(candidate ‖ reference). This and the following are None unless asked for.
+        flips: among the positions at which the reference is confident (it gives its most probable token more than
+            `CONFIDENT`), the share at which the candidate's most probable token is different. After Dutta et al.,
+            arXiv 2407.09141, whose flips are answers that change. None if the reference is confident at no position.
+        reverse_kl: mean KL(candidate ‖ reference). This and the following figures are None unless requested.
         js: mean Jensen–Shannon divergence.
         tv: mean total variation distance.
         top5_overlap: mean share of the reference's five most probable tokens that are among the candidate's.
-        entropy_difference: mean of entropy(candidate) − entropy(reference): above 0 the candidate is less certain.
+        entropy_difference: mean of entropy(candidate) − entropy(reference); above 0 the candidate is less certain.
         abs_entropy_difference: mean of its absolute value.
 
     """
@@ -229,10 +230,10 @@ class Summary:
 
     @classmethod
     def of(cls, scores: Scores) -> Summary:
-        """Draw the figures from a table.
+        """Compute the figures from a table.
 
         Raises:
-            ScoresError: there is not one position with a label where both sides are finite.
+            ScoresError: at no position with a label are both sides finite.
 
         """
         columns = scores.columns
@@ -243,12 +244,12 @@ class Summary:
             raise ScoresError(
                 f"no position that has a next token is finite on both sides: of {flags.size:,}{_left_out(scores)}, the "
                 f"reference is NaN or infinite in {reference_bad.sum():,} and the candidate in "
-                f"{candidate_bad.sum():,}. Weights that did not load or overflow in the engine's dtype look like this; "
-                "check the engine's log and --kld-dtype."
+                f"{candidate_bad.sum():,}. Weights that were not loaded, or an overflow in the engine's dtype, can "
+                "cause this; check the engine's log and --kld-dtype."
             )
         kl = np.sort(columns["kl"][valid])
         nll_r, nll_c = columns["reference_nll"][labelled], columns["candidate_nll"][labelled]
-        # Python floats: where both give a label probability 0 their difference is NaN, and numpy would warn.
+        # Python floats: if both sides give a label probability 0, the difference is NaN, and numpy would warn.
         log_ppl_ratio = float(nll_c.mean()) - float(nll_r.mean())
         skipped = len(flags) * scores.skipped
         changed = columns["reference_argmax"] != columns["candidate_argmax"]
@@ -280,10 +281,10 @@ class Summary:
 
     @classmethod
     def macro_average(cls, summaries: Sequence[Summary]) -> Summary:
-        """Average over datasets, each with the same weight whatever its size.
+        """Average over datasets, each with the same weight regardless of its size.
 
         Counts are summed, and `max` and `cut_mass` are the largest; every other figure is the mean of the datasets'
-        figures, and None if one of them has none.
+        figures, or None if a dataset lacks the figure.
         """
         figures: dict[str, Any] = {}
         for one in fields(cls):
@@ -311,7 +312,7 @@ def _left_out(scores: Scores) -> str:
 
 
 def _quantile(ordered: NDArray[np.float64], q: float) -> float:
-    """Interpolate between order statistics; where the upper one is infinite and counts, so is the result."""
+    """Interpolate between order statistics; if the upper one has weight and is infinite, so is the result."""
     rank = q * (ordered.size - 1)
     lower = math.floor(rank)
     share = rank - lower
@@ -331,7 +332,7 @@ def _digest_of_key(key: Mapping[str, Any] | None) -> str:
 
 
 def _is_of(about: Mapping[str, Any], key: Mapping[str, Any]) -> bool:
-    """Tell whether a table says that it compares the captures which a key names."""
+    """Tell whether a table compares the captures that a key names."""
     return all(about[side]["digest"] == key[side] for side in ("reference", "candidate"))
 
 
@@ -344,4 +345,4 @@ def _digest(arrays: dict[str, NDArray[Any]], about: dict[str, Any], key: str) ->
 
 
 def _corrupt(path: Path) -> str:
-    return f"the scores file {path} is corrupt or of another version"
+    return f"the scores file {path} is corrupt or from another version"

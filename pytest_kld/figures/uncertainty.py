@@ -1,8 +1,8 @@
-"""How sure a figure is: confidence intervals that respect that neighbours, and overlapping windows, depend on another.
+"""Confidence intervals of figures; they account for the dependence between neighbours and between overlapping windows.
 
-The unit is a *block*, a stretch of the source text: positions of all windows that score a token of it belong together.
-Figures are sums over blocks, so their errors follow from how blocks differ (the cluster-robust or sandwich estimator:
-Liang & Zeger 1986; batch means in the language of time series). Sources and formulas: docs/explanation.md.
+The unit is a *block*, a stretch of the source text. It contains the positions of all windows that score one of its
+tokens. Figures are sums over blocks, so their errors follow from the differences between blocks (the cluster-robust or
+sandwich estimator: Liang & Zeger 1986; "batch means" for time series). Sources and formulas: docs/explanation.md.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ Floats = NDArray[np.float64]
 Columns = Mapping[str, NDArray[Any]]
 
 MOST_BLOCKS = 48
-"""Beyond this, shorter blocks gain little: Student's t at 47 degrees of freedom is 2.6 % wider than the normal."""
+"""More and shorter blocks gain little: Student's t with 47 degrees of freedom is 2.6 % wider than the normal."""
 FEWEST_BLOCKS = 12
-"""Below this an interval is mostly about how little is known of its own width. Before blocks are aligned: of a few
-windows, down to half as many may come of it."""
+"""With fewer blocks, the uncertainty of its own width dominates an interval. This is the number before blocks are
+aligned: with few windows, alignment may leave only half as many."""
 _CORRELATION_LENGTHS = 6
-"""Blocks are at least so many correlation lengths long; what leaks over their edges is then a few percent of a
+"""Blocks are at least this many correlation lengths long; the correlation across their edges is then a few percent of a
 variance."""
 LEAST_BLOCKS = 5
-"""With fewer effective blocks than this there is no interval: Student's t then is mostly about its own width."""
+"""With fewer effective blocks than this there is no interval: the uncertainty of its own width would dominate it."""
 RAREST = 0.01
-"""A mean has an interval only if the text shows this share of the positions, those with the greatest values: a heavy
-tail carries a large part of the mean there, and a text without it says nothing of it."""
+"""A mean has an interval only if the text is long enough to show its rarest positions: this share of all, with the
+greatest values. With a heavy tail, they carry a large part of the mean, and a text without them does not reveal it."""
 _T_GRID = 1 << 15
 
 
@@ -45,12 +45,12 @@ class Blocks:
     """The stretches of source text that positions belong to.
 
     Attributes:
-        half_of: [windows, positions], the half of a block that each position is in; block b has halves 2b and 2b + 1.
+        half_of: [windows, positions], the half block that each position is in; block b has halves 2b and 2b + 1.
         tokens: distinct tokens of the source text.
         length: tokens in a block.
         count: number of blocks.
         window_size: tokens in a window.
-        stride: tokens of the source text from the start of one window to that of the next.
+        stride: tokens of the source text between the starts of two successive windows.
 
     """
 
@@ -63,9 +63,9 @@ class Blocks:
 
     @classmethod
     def cut(cls, scores: Scores) -> Blocks:
-        """Cut the source text into blocks that are long enough for its correlation, and enough of them."""
+        """Cut the source text into enough blocks, each long enough for the text's correlation."""
         windows, size = scores.columns["kl"].shape
-        # Where windows leave gaps in the text, it is what is scored of it.
+        # If there are gaps between windows, only the scored text counts.
         stride = min(scores.about["protocol"]["stride"], size)
         source = np.arange(windows)[:, None] * stride + np.arange(size)
         tokens = int(source[-1, -1]) + 1
@@ -78,15 +78,15 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """A figure that is the mean of something per position, or a function of one.
+    """A figure that is the mean of a value per position, or a function of such a mean.
 
     Attributes:
         values: columns → [windows, positions].
         transform: an increasing function, mean → figure.
         labelled: whether only positions with a label count.
-        extended: whether it takes the columns of the second pass.
-        least: the least value of the figure that there can be.
-        greatest: the greatest.
+        extended: whether it needs the columns of the second pass.
+        least: the smallest value that the figure can have.
+        greatest: the greatest value that the figure can have.
 
     """
 
@@ -98,7 +98,7 @@ class Mean:
     greatest: float = math.inf
 
     def least_positions(self, error: float) -> float:
-        """Return how many effective positions show the tail, but for a chance of half the error."""
+        """Return how many effective positions show the tail, with a failure probability of half the error."""
         return _to_see(RAREST, error)
 
     def interval(self, sample: _Sample, quantile: float) -> tuple[float, float, float]:
@@ -119,7 +119,7 @@ class Share:
 
     Attributes:
         holds: columns → [windows, positions], bool.
-        among: columns → [windows, positions], bool: which positions count; None: all that are valid.
+        among: columns → [windows, positions], bool: which positions count; None: all valid ones.
 
     """
 
@@ -128,8 +128,8 @@ class Share:
     least: ClassVar[float] = 0.0
     greatest: ClassVar[float] = 1.0
 
-    def least_positions(self, error: float) -> float:  # noqa: ARG002 (as the others)
-        """Return 1: Wilson's interval holds for any number."""
+    def least_positions(self, error: float) -> float:  # noqa: ARG002 (same signature as the others)
+        """Return 1, because Wilson's interval is valid for any number of positions."""
         return 1.0
 
     def interval(self, sample: _Sample, quantile: float) -> tuple[float, float, float]:
@@ -153,14 +153,14 @@ class Quantile:
     greatest: ClassVar[float] = math.inf
 
     def least_positions(self, error: float) -> float:
-        """Return how many effective positions have one beyond the quantile, but for a chance of half the error."""
+        """Return how many effective positions include one beyond it, with a failure probability of half the error."""
         return _to_see(1 - self.level, error)
 
     def interval(self, sample: _Sample, quantile: float) -> tuple[float, float, float]:
         """Return low, high and effective positions, by Woodruff's method.
 
-        The share of positions at or below the quantile has an interval as any share; the order statistics at its
-        ends bound the quantile. An upper end beyond the last order statistic has no bound.
+        The share of positions at or below the quantile has an interval like any share; the order statistics at its ends
+        bound the quantile. If the upper end is beyond the last order statistic, there is no upper bound.
         """
         kl, halves = sample.take(lambda columns: columns["kl"], sample.valid)
         ordered = sample.ordered_kl()
@@ -209,7 +209,7 @@ FIGURES: Mapping[str, Mean | Share | Quantile] = {
         greatest=1.0,
     ),
 }
-"""Every figure of `Summary` with an interval. Counts and the maximum have none: they say nothing of other text."""
+"""Every figure of `Summary` with an interval. Counts and the maximum have none: they do not apply to other text."""
 
 
 def intervals(
@@ -219,12 +219,12 @@ def intervals(
 
     Args:
         scores: the table of one pair.
-        confidence: e.g. 0.95; both bounds together err in 1 − confidence of all texts.
-        spend: the share of that error that this look at the data may use up. See `rounds.py`.
-        names: the figures that are wanted; those without an interval are left out.
+        confidence: e.g. 0.95; the interval misses the figure for a share of 1 − confidence of all texts.
+        spend: the share of that error that this look at the data may use up. See `schedule.py`.
+        names: the requested figures; those without an interval are omitted.
 
-    If the text has too few blocks or effective positions for a figure, its interval has all values that the figure can
-    take (of a quantile, all values upwards), and names the least number of windows that would do.
+    If the text has too few blocks or effective positions for a figure, its interval contains all values that the figure
+    can take (for a quantile, all values upwards), and gives the smallest number of windows that would suffice.
 
     """
     sample, error = _Sample(scores), (1 - confidence) * spend
@@ -232,10 +232,10 @@ def intervals(
     found = {}
     for name, figure in ((name, figure) for name, figure in FIGURES.items() if name in names and sample.has(figure)):
         low, high, effective = figure.interval(sample, quantile)
-        known = math.isinf(low) and low == high  # infinite positions were seen, and no further text undoes that
+        known = math.isinf(low) and low == high  # infinite positions were seen, and more text cannot change that
         least = None if known else sample.least_windows(figure.least_positions(error), effective)
         if least is not None:
-            # A quantile's lower bound needs nothing that is rarer than the quantile.
+            # The lower bound of a quantile does not need positions rarer than the quantile.
             low = low if isinstance(figure, Quantile) and sample.has_blocks else figure.least
             high = figure.greatest
         found[name] = Interval(
@@ -245,16 +245,16 @@ def intervals(
 
 
 def _to_see(share: float, error: float) -> float:
-    """Return how many positions hold one of this rare share, but for a chance of half the error (Wilks 1941)."""
+    """Return how many positions include one of this rare share, except in half the error of all cases (Wilks 1941)."""
     return math.log(error / 2) / math.log1p(-share)
 
 
 def macro_average(parts: Sequence[Mapping[str, Interval]], summaries: Sequence[Summary]) -> dict[str, Interval]:
-    """Return the intervals of an average over datasets, each with the same weight, from those of each.
+    """Return the intervals of an average over datasets with equal weights, from the intervals of each dataset.
 
-    Datasets are independent, so the distances from the figures to their bounds add up as squares (the method of
-    variance estimates recovery, Zou & Donner 2008). If one of them is too short for an interval, all of them together
-    need as many windows as that one needs, times their number.
+    Datasets are independent, so the squared distances from the figures to their bounds add up (the method of variance
+    estimates recovery, Zou & Donner 2008). If one dataset is too short for an interval, the total number of windows
+    needed is the number that this dataset needs times the number of datasets.
     """
     average = Summary.macro_average(summaries)
     found = {}
@@ -273,7 +273,7 @@ def macro_average(parts: Sequence[Mapping[str, Interval]], summaries: Sequence[S
 
 
 def _mean_of_ends(known: Sequence[tuple[Interval, float]]) -> tuple[float, float]:
-    """Return bounds that hold wherever in their intervals the datasets' figures are."""
+    """Return bounds that hold for any figures within the datasets' intervals."""
     low, high = (float(np.mean([getattr(interval, end) for interval, _ in known])) for end in ("low", "high"))
     return low, high
 
@@ -287,7 +287,7 @@ def _recovered_ends(known: Sequence[tuple[Interval, float]], value: float) -> tu
 
 
 class _Sample:
-    """What several figures of one table share."""
+    """The data that several figures of one table share."""
 
     def __init__(self, scores: Scores) -> None:
         self.blocks = Blocks.cut(scores)
@@ -297,7 +297,7 @@ class _Sample:
 
     @property
     def degrees_of_freedom(self) -> float:
-        """One less than the effective number of blocks (Kish 1965), which count by their valid positions."""
+        """The effective number of blocks (Kish 1965), weighted by their valid positions, minus one."""
         return max(1.0, self._effective_blocks - 1)
 
     @property
@@ -311,18 +311,18 @@ class _Sample:
         return self._effective_blocks >= LEAST_BLOCKS
 
     def least_windows(self, positions: float, effective: float) -> int | None:
-        """Return how many windows a figure needs at least; None if this text is enough.
+        """Return the smallest number of windows that a figure needs; None if this text is long enough.
 
         Args:
-            positions: effective positions that it needs.
-            effective: those that it has.
+            positions: effective positions that the figure needs.
+            effective: effective positions that the figure has.
 
         """
         tokens, size, stride = self.blocks.tokens, self.blocks.window_size, self.blocks.stride
-        effective = min(effective, tokens)  # a token that is scored again shows nothing new of the tail
+        effective = min(effective, tokens)  # scoring a token again shows nothing new about the tail
         if self.has_blocks and effective >= positions:
             return None
-        # Too few blocks do not tell how many positions depend on one another: at best none do.
+        # Too few blocks do not show how many positions depend on one another: in the best case none do.
         dependence = tokens / effective if self.has_blocks else 1.0
         needed = max(positions * dependence, tokens * LEAST_BLOCKS / self._effective_blocks)
         windows = 1 + (tokens - size) // stride
@@ -333,7 +333,7 @@ class _Sample:
         return self.valid if condition is None else self.valid & condition(self._columns)
 
     def has(self, figure: Mean | Share | Quantile) -> bool:
-        """Tell whether the table has what the figure is drawn from."""
+        """Tell whether the table has the data that the figure is computed from."""
         if isinstance(figure, Mean) and figure.extended:
             return EXTENDED_COLUMNS[0] in self._columns
         return not isinstance(figure, Share) or bool(self.among(figure.among).any())
@@ -341,7 +341,7 @@ class _Sample:
     def take(
         self, values: Callable[[Columns], NDArray[Any]], mask: NDArray[np.bool_]
     ) -> tuple[Floats, NDArray[np.int64]]:
-        """Return the values [n] that count and their half blocks [n]."""
+        """Return the values [n] at the positions of the mask, and their half blocks [n]."""
         return values(self._columns)[mask].astype(np.float64), self.blocks.half_of[mask]
 
     def ordered_kl(self) -> Floats:
@@ -352,10 +352,11 @@ class _Sample:
 
 
 def correlation_length(scores: Scores, source: NDArray[np.int64]) -> int:
-    """Return how far, in tokens, KL depends on KL before it along the source text.
+    """Return how far, in tokens, KL depends on earlier KL along the source text.
 
-    The smallest lag after which five autocorrelations in a row are insignificant, by the rule of Politis & White (2004,
-    section 3.2): |ρ| < 2 √(log₁₀ n / n). Of ranks, so that a few extreme positions do not hide what the others share.
+    It is the smallest lag after which five autocorrelations in a row are insignificant, by the rule of Politis & White
+    (2004, section 3.2): |ρ| < 2 √(log₁₀ n / n). Ranks are correlated instead of values, so that a few extreme positions
+    do not hide the dependence of the others.
 
     Args:
         scores: the table.
@@ -380,18 +381,18 @@ def correlation_length(scores: Scores, source: NDArray[np.int64]) -> int:
 
 
 def _align(length: int, stride: int) -> int:
-    """Make a block hold whole strides, or a stride whole blocks, so that none holds more window starts than others."""
+    """Make a block hold whole strides, or a stride whole blocks, to spread window starts evenly over blocks."""
     if length >= stride:
         return stride * round(length / stride)
     return math.ceil(stride / (stride // length))
 
 
 def _error_of_mean(values: Floats, halves: NDArray[np.int64], mean: float) -> tuple[float, float]:
-    """Return the standard error of a mean, and the skewness of the blocks' sums over the root of their number.
+    """Return the standard error of a mean, and the skewness of the block sums divided by the root of their number.
 
-    What is correlated over a block's edges is missing from its variance, in proportion to one over its length; twice
-    the blocks' variance less that of their halves has it (the lugsail estimator, Vats & Flegal 2022). The larger
-    counts. Of one block nothing is known.
+    The variance of blocks lacks the correlation across their edges, in inverse proportion to their length. Twice the
+    variance of the blocks minus that of their halves includes it (the lugsail estimator, Vats & Flegal 2022). The
+    larger of the two counts. With a single block the error is unknown: infinite.
     """
     sizes = np.bincount(halves)
     half_sums = np.bincount(halves, values) - sizes * mean
@@ -409,13 +410,13 @@ def _error_of_mean(values: Floats, halves: NDArray[np.int64], mean: float) -> tu
 
 
 def _skewness_corrected(mean: float, error: float, skewness: float, quantile: float) -> tuple[float, float]:
-    """Return the bounds of a mean under a skewed distribution: Hall (1992), the cubic transformation of Student's t.
+    """Return the bounds of a mean of a skewed distribution: Hall's (1992) cubic transformation of Student's t.
 
     Args:
         mean: the mean.
         error: its standard error.
         skewness: γ/√n, the third standardised moment of the mean's error.
-        quantile: of Student's t.
+        quantile: the quantile of Student's t.
 
     """
 
@@ -428,7 +429,7 @@ def _skewness_corrected(mean: float, error: float, skewness: float, quantile: fl
 
 
 def _effective(holds: Floats, halves: NDArray[np.int64], tokens: int) -> float:
-    """Return how many independent positions would estimate a share as well."""
+    """Return how many independent positions would estimate a share equally well."""
     share = float(holds.mean())
     error, _ = _error_of_mean(holds, halves, share)
     return max(1.0, share * (1 - share) / error**2) if error else float(tokens)
@@ -445,7 +446,7 @@ def _wilson(share: float, n: float, quantile: float) -> tuple[float, float]:
 def student_quantile(probability: float, degrees_of_freedom: float) -> float:
     """Return a quantile of Student's t.
 
-    With t = √ν tan θ its density is proportional to cos^(ν−1) θ, which is summed over a grid.
+    With t = √ν tan θ, its density is proportional to cos^(ν−1) θ, which is summed over a grid.
     """
     theta = np.linspace(0, math.pi / 2, _T_GRID + 1)
     density = np.cos((theta[1:] + theta[:-1]) / 2) ** (degrees_of_freedom - 1)

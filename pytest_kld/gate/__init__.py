@@ -1,1 +1,1 @@
-"""Limits, verdicts and results. Knows no pytest."""
+"""Limits, verdicts and results. Does not depend on pytest."""

@@ -12,7 +12,7 @@ class Figure(float):
     unit: str
 
     def __new__(cls, value: float, *, label: str, unit: str, pair: str) -> Figure:
-        """Make a float that carries its label, unit, and the pair it belongs to."""
+        """Create a float that carries its label, its unit, and the pair that it belongs to."""
         figure = super().__new__(cls, value)
         figure.label, figure.unit, figure.pair = label, unit, pair
         return figure
@@ -31,7 +31,7 @@ _MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "==": "==", "!=": "!="}
 
 
 def explain_comparison(operator: str, left: object, right: object) -> list[str] | None:
-    """Explain a failed comparison of a figure with a number, on either side; None where there is none."""
+    """Explain a failed comparison between a figure and a number, in either order; None for any other comparison."""
     if isinstance(left, Figure) and isinstance(right, int | float):
         return left.explain(operator, right)
     if isinstance(right, Figure) and isinstance(left, int | float) and operator in _MIRRORED:

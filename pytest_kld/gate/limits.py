@@ -1,4 +1,4 @@
-"""Limits: every figure that can be bounded, and where a bound comes from."""
+"""Limits: every figure that can be bounded, and how its bound is determined."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pytest_kld.gate.number import decimal_number, shown
 
 _GREATEST_COUNT = 10**15
-"""More positions than any text has; floats hold every count up to here."""
+"""More positions than any text has; floats represent every count up to this one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,12 +19,12 @@ class Limit:
     Attributes:
         name: e.g. `max_mean`; `max_…` bounds from above, `min_…` from below.
         figure: the attribute of `Summary` that it bounds.
-        label: how tables and messages call the figure.
-        unit: of the figure and the bound; empty for counts and ratios.
-        greatest: the largest value that makes sense as a bound.
+        label: the figure's name in tables and messages.
+        unit: the unit of the figure and the bound; empty for counts and ratios.
+        greatest: the largest sensible bound.
         integer: whether the figure is a count.
-        default: the bound where nobody sets one; None means no limit.
-        extended: whether the figure takes the second pass of `--kld-metrics=all`.
+        default: the bound if none is set; None means no limit.
+        extended: whether the figure needs the second pass of `--kld-metrics=all`.
 
     """
 
@@ -39,14 +39,14 @@ class Limit:
 
     @property
     def upper(self) -> bool:
-        """Whether the figure must not be greater than the bound (else: not less)."""
+        """Whether the bound is an upper one; otherwise the figure must not be less than the bound."""
         return self.name.startswith("max_")
 
     def parse(self, value: object) -> float:
         """Check a bound, given as a number or as text, and return it.
 
         Raises:
-            ValueError: not a number, or out of range; the text names the value and what is valid.
+            ValueError: the value is not a number, or out of range; the message gives the value and the valid range.
 
         """
         kind = "a whole number" if self.integer else "a number"
@@ -56,7 +56,7 @@ class Limit:
             raise ValueError(wanted)
         try:
             number = decimal_number(value) if isinstance(value, str) else float(value)
-        except OverflowError:  # a whole number beyond what a float holds
+        except OverflowError:  # a whole number too large for a float
             raise ValueError(wanted) from None
         if number is None or not 0 <= number <= self.greatest or math.isinf(number):
             raise ValueError(wanted)
@@ -114,7 +114,7 @@ LIMITS: Mapping[str, Limit] = {
         ),
     )
 }
-"""Every limit there is, by name."""
+"""Every limit, by name."""
 
 DEFAULT_BOUNDS: Mapping[str, float] = {
     name: limit.default for name, limit in LIMITS.items() if limit.default is not None
@@ -122,10 +122,10 @@ DEFAULT_BOUNDS: Mapping[str, float] = {
 
 
 def parse_marker(args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, float | None]:
-    """Check the arguments of one `kld` marker. None lifts a limit set further out.
+    """Check the arguments of one `kld` marker. None removes a limit that is set at an outer level.
 
     Raises:
-        ValueError: a positional, unknown or badly typed argument; the text names the valid ones.
+        ValueError: an argument is positional, unknown or of a wrong type; the message names the valid ones.
 
     """
     valid = ", ".join(LIMITS)
@@ -143,7 +143,7 @@ def parse_marker(args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict
 
 
 def merge_bounds(*layers: Mapping[str, float | None]) -> dict[str, float]:
-    """Combine layers of bounds, the strongest first; a limit is taken from the first layer that mentions it."""
+    """Combine layers of bounds, the strongest first; each limit comes from the first layer that contains it."""
     merged: dict[str, float | None] = {}
     for layer in layers:
         merged = {**layer, **merged}
@@ -151,12 +151,12 @@ def merge_bounds(*layers: Mapping[str, float | None]) -> dict[str, float]:
 
 
 def needs_extended(bounds: Mapping[str, float]) -> bool:
-    """Tell whether a limit is on a figure that takes the second pass."""
+    """Tell whether any bounded figure needs the second pass."""
     return any(LIMITS[name].extended for name in bounds)
 
 
 def why_missing(figure: str) -> str:
-    """Say why a figure is None."""
+    """Explain why a figure is None."""
     if figure == "flips":
         return "the reference is confident at no position, so there are no flips to count"
     return f"the figure {figure} was not computed; give --kld-metrics=all"

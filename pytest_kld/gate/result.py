@@ -1,4 +1,4 @@
-"""The result of one gated test: what reports are made of. Plain data, so that it travels between processes."""
+"""The result of one gated test, from which reports are made. Plain data, so that it can be sent between processes."""
 
 from __future__ import annotations
 
@@ -23,24 +23,25 @@ class GateResult:
     """One test, one candidate.
 
     Attributes:
-        nodeid: the test's.
+        nodeid: the test's node id.
         reference: the reference.
         candidate: the candidate.
-        outcome: `passed`; `failed`: measured and over a limit, or the test's own assertion; `error`: not measured;
-            `skipped`: limits are undecided and --kld-inconclusive=skip.
-        message: why, if not passed.
+        outcome: `passed`; `failed`: a measured figure violates a limit, or the test's own assertion failed; `error`:
+            not measured; `skipped`: limits are undecided and --kld-inconclusive=skip is set.
+        message: the reason if the test did not pass.
         xfail: whether the test is marked as expected to fail.
         body_passed: whether the test's own body passed; None if it did not run.
-        figures: the `Summary` by name, of several datasets their macro average; None if not measured.
-        datasets: the same of each dataset, by its name.
-        intervals: by figure `low`, `high`, `confidence`, `effective_positions`, `least_windows`; empty without
+        figures: the figures of the `Summary` by name, macro averages for several datasets; None if not measured.
+        datasets: the same for each dataset, by its name.
+        intervals: for each figure `low`, `high`, `confidence`, `effective_positions`, `least_windows`; empty without
             --kld-confidence.
         checks: each limit with `limit`, `figure`, `dataset` (None: the macro average), `value`, `bound`, `passed`,
-            `state` (`pass`, `fail`, `inconclusive`), `interval` and `more_windows`: how many would probably decide it.
-        undecided: what --kld-inconclusive makes of a test whose limits are undecided.
+            `state` (`pass`, `fail`, `inconclusive`), `interval` and `more_windows`: how many more would probably decide
+            it.
+        undecided: the outcome of a test whose limits are undecided, from --kld-inconclusive.
         about: what was compared and how, from the scores; None if not measured.
         diagnosis: where the candidate departs from the reference, see `diagnosis.Diagnosis`; None if not measured.
-        seconds: how long the test took, its share of shared set-up included.
+        seconds: how long the test took, including its share of common set-up.
         profile: see `profile_of`; None if not measured or if no report has charts.
 
     """
@@ -73,7 +74,7 @@ class GateResult:
         return 0 if self.about is None else int(self.about["protocol"]["windows"])
 
     def windows_of(self, dataset: str | None) -> int:
-        """Return the number of windows of one dataset that were measured; of None, of all."""
+        """Return the number of measured windows of one dataset; for None, of all datasets."""
         parts = [] if self.about is None else self.about["protocol"].get("datasets", [])
         return next((int(part["windows"]) for part in parts if part["dataset"] == dataset), self.windows)
 
@@ -85,11 +86,11 @@ class GateResult:
 
     @property
     def notes(self) -> list[str]:
-        """Return what a reader of the figures should know about how they came about."""
+        """Return what a reader should know about how the figures were obtained."""
         found = []
         if self.figures is not None and self.figures["max"] == 0 and not self.figures.get("cut_mass"):
             found.append(
-                f"KLD of {self.candidate.label} is exactly 0 at every position: it computes what the reference does. "
+                f"KLD of {self.candidate.label} is exactly 0 at every position: it computes the same as the reference. "
                 "Was the same model named twice?"
             )
         found += self._vocabulary_notes()
@@ -100,7 +101,7 @@ class GateResult:
         if None not in (reference, candidate) and reference != candidate:
             found.append(
                 f"{self.candidate.label} ran in {candidate} and the reference in {reference}: part of the divergence "
-                "is between the engines, about 2e-3 nats in bfloat16"
+                "comes from the engines, about 2e-3 nats in bfloat16"
             )
         for name, side in zip(("the reference", self.candidate), sides, strict=True):
             found += [f"{name}: {note}" for note in (side or {}).get("notes", ())]
@@ -114,7 +115,7 @@ class GateResult:
         wider = reference if sizes[0] > sizes[1] else candidate
         return [
             f"the vocabularies differ: {reference} has {sizes[0]:,} tokens and {candidate} {sizes[1]:,}. The "
-            f"figures are of the first {min(sizes):,}, renormalised; {wider} gives the others a probability of up to "
+            f"figures cover the first {min(sizes):,}, renormalised; {wider} gives the others a probability of up to "
             f"{self.figures['cut_mass']:.3g}"
         ]
 
@@ -125,7 +126,7 @@ class GateResult:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> GateResult:
-        """Read what `to_json` gave."""
+        """Create a result from the output of `to_json`."""
         sides = {side: Subject.from_json(data[side]) for side in ("reference", "candidate")}
         return cls(**{**data, **sides, "checks": tuple(data["checks"])})
 
@@ -152,9 +153,9 @@ class Incomplete:
     """A session that ended before every gated test had run.
 
     Attributes:
-        reason: why it ended, in pytest's words.
+        reason: why it ended, as pytest describes it.
         planned: how many gated tests were collected.
-        not_measured: the node ids of those that did not run to their end, in the order of the collection.
+        not_measured: the node ids of the tests that did not finish, in collection order.
 
     """
 
@@ -163,7 +164,7 @@ class Incomplete:
     not_measured: tuple[str, ...]
 
     def __str__(self) -> str:
-        """Say in one sentence what is missing, without the names."""
+        """Describe in one sentence what is missing, without the names."""
         missing = len(self.not_measured)
         return (
             f"the session ended early ({self.reason}); {missing} of {self.planned} gated "
@@ -198,7 +199,7 @@ def by_candidate(results: Sequence[GateResult]) -> dict[str, list[GateResult]]:
 
 
 def worst(results: Sequence[GateResult]) -> GateResult:
-    """Return the result that decides over a candidate: an error before a failure before an expected one or a pass."""
+    """Return the decisive result for a candidate: an error, else a failure, else an expected failure or a pass."""
     return max(
         results, key=lambda result: (("passed", "skipped", "failed", "error").index(result.outcome), not result.xfail)
     )

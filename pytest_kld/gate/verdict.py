@@ -1,4 +1,4 @@
-"""The verdict on a summary, and the words of a failure."""
+"""The verdict on a summary, and the message of a failure."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 State = Literal["pass", "fail", "inconclusive"]
 
 BANDS = ((0.01, "near-lossless"), (0.05, "good"), (0.1, "noticeable"), (math.inf, "significant"))
-"""Mean KL in nats below which quantization quality is called that, by the usual interpretation scale."""
+"""Upper bounds of the mean KL in nats, and the name of the quality below each, on the usual interpretation scale."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """One limit held against one figure.
+    """The comparison of one figure with its limit.
 
     Attributes:
         limit: the limit.
         value: the figure.
-        bound: what it must not go beyond.
-        dataset: the dataset that it is of; None: of all.
-        interval: the figure's confidence interval; None holds the figure itself against the bound.
-        windows: the windows that it was measured on.
+        bound: the value that the figure must not exceed, or not fall below.
+        dataset: the dataset that the figure belongs to; None: all datasets.
+        interval: the figure's confidence interval; if None, the figure itself is compared with the bound.
+        windows: the number of windows that the figure was measured on.
 
     """
 
@@ -43,7 +43,7 @@ class Check:
 
     @property
     def state(self) -> State:
-        """`pass` if the whole interval is within the bound, `fail` if none of it is. NaN never is within."""
+        """`pass` if the whole interval is within the bound, `fail` if none of it is. NaN is never within the bound."""
         if self.interval is None:
             return "pass" if self._within(self.value) else "fail"
         low, high = self.interval.low, self.interval.high
@@ -59,9 +59,9 @@ class Check:
 
     @property
     def more_windows(self) -> int | None:
-        """Return how many more windows would probably decide the limit; None if too many or none.
+        """Return how many more windows would probably decide the limit; None if too many or if it is decided.
 
-        If there are too few windows for an interval: how many are missing for one.
+        If there are too few windows for an interval, return how many more are needed for one.
         """
         if self.interval is None or self.state != "inconclusive":
             return None
@@ -114,13 +114,13 @@ class Check:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """Every limit of one test, held against one candidate's figures."""
+    """The comparison of one candidate's figures with all limits of one test."""
 
     checks: tuple[Check, ...]
 
     @property
     def state(self) -> State:
-        """`fail` where any check fails, else `inconclusive` where any is, else `pass`."""
+        """`fail` if any check fails, else `inconclusive` if any check is, else `pass`."""
         states = {check.state for check in self.checks}
         return "fail" if "fail" in states else "inconclusive" if "inconclusive" in states else "pass"
 
@@ -135,7 +135,7 @@ class Verdict:
         return all(check.state != "inconclusive" for check in self.checks)
 
     def explain(self, candidate: str, reference: str, figures: Mapping[str, Any]) -> str:
-        """Tell which limits were exceeded, by how much, and which were not."""
+        """Describe which limits were exceeded, by how much, and which were not."""
         by_state = {
             state: [check for check in self.checks if check.state == state]
             for state in ("fail", "inconclusive", "pass")
@@ -158,7 +158,7 @@ class Verdict:
         if figures["infinite_count"]:
             lines.append(
                 f"  note  KLD is infinite at {figures['infinite_count']:,} positions: the candidate rules out tokens "
-                "that the reference deems possible"
+                "that the reference considers possible"
             )
         return "\n".join(lines)
 
@@ -171,17 +171,17 @@ def judge(
     intervals: Mapping[str, Interval] | None = None,
     windows: int = 0,
 ) -> Verdict:
-    """Hold figures (by the names of `Summary`) against bounds (by the names of `LIMITS`).
+    """Compare figures (named as in `Summary`) with bounds (named as in `LIMITS`).
 
     Args:
         figures: every figure.
         bounds: the limits.
-        dataset: the dataset that they are of; None: of all.
-        intervals: confidence intervals by the figures' names; a figure without one is held as it is.
-        windows: the windows that the figures are of.
+        dataset: the dataset that the figures belong to; None: all datasets.
+        intervals: confidence intervals by the figures' names; a figure without one is compared directly.
+        windows: the number of windows that the figures were measured on.
 
     Raises:
-        ScoresError: a figure that has a limit is missing.
+        ScoresError: a bounded figure is missing.
 
     """
     checks = []
@@ -196,5 +196,5 @@ def judge(
 
 
 def band(mean: float) -> str:
-    """Return the word for a mean KL in nats on the usual interpretation scale."""
+    """Return the name of a mean KL in nats on the usual interpretation scale."""
     return next((word for bound, word in BANDS if mean < bound), "significant" if mean > 0 else "unknown")

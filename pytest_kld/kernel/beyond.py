@@ -1,4 +1,4 @@
-"""What of a side's distribution lies beyond the common vocabulary: its weight, and whether it is finite."""
+"""The part of one side's distribution beyond the common vocabulary: its weight, and whether it is finite."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _ELEMENTS = 1 << 22
-"""Logits that are looked at together in float64."""
+"""Logits that are processed at a time in float64."""
 
 
 def log_weight_beyond(z: Tensor, vocab_size: int) -> Tensor | None:
@@ -17,8 +17,8 @@ def log_weight_beyond(z: Tensor, vocab_size: int) -> Tensor | None:
         vocab_size: columns that both sides have.
 
     Returns:
-        [N], float64: −inf if these columns have no weight, +inf or NaN if one of them is not finite; None if there are
-        none, so that sides of equal width cost nothing.
+        [N], float64: −inf if these columns have no weight, +inf or NaN if one of them is not finite. None if there are
+        no such columns, so that sides of equal width cost nothing.
 
     """
     if z.shape[1] == vocab_size:

@@ -1,4 +1,4 @@
-"""Which device to run and compare on."""
+"""The device to run and compare on."""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ from pytest_kld.errors import KLDError
 
 _CPU_INFO = Path("/proc/cpuinfo")
 _PRODUCTS = ("amx", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx_vnni", "bf16", "i8mm", "sve")
-"""Instruction sets that a matrix product may use beside what torch itself was compiled for."""
+"""Instruction sets that a matrix product may use in addition to those that torch itself was compiled for."""
 
 
 def pick_device(name: str) -> torch.device:
-    """Turn `auto`, `cpu`, `cuda` or `cuda:N` into a device that is there.
+    """Turn `auto`, `cpu`, `cuda` or `cuda:N` into an available device.
 
     Raises:
-        KLDError: CUDA is asked for and not there.
+        KLDError: a CUDA device is requested but not available.
 
     """
     if name == "auto":
@@ -27,11 +27,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def describe_device(device: torch.device) -> str:
-    """Return what of a device determines the bits of a product: a GPU's name, a CPU's instruction sets.
+    """Return the properties of a device that determine a product's bits: a GPU's name, a CPU's instruction sets.
 
     In bfloat16 a CPU's instruction sets matter: the logits of a tiny model with a sharp head differed by up to 0.4, and
-    the mean KL by 0.002 nats. The number of threads is no part of it: with 1, 2 and 5 threads the logits were equal,
-    bit by bit, in float32 and in bfloat16 (torch 2.13).
+    the mean KL by 0.002 nats. The number of threads is not included: with 1, 2 and 5 threads the logits were equal bit
+    by bit, in float32 and in bfloat16 (torch 2.13).
     """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -43,6 +43,6 @@ def describe_device(device: torch.device) -> str:
 
 
 def release_memory(device: torch.device) -> None:
-    """Return to the system what torch's allocator keeps of a device, so that another process can use it."""
+    """Return the device memory that torch's allocator caches to the system, so that another process can use it."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

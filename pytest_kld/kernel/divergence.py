@@ -6,10 +6,10 @@ b = exp(z_c − m_c), S = Σ, the log ratio of the unnormalised weights is u = l
 
     KL(reference ‖ candidate) = Σ a φ(u) / S_r − φ(log S_c − log S_r)
 
-which is Σ p (log p − log q) rearranged (Σ p = Σ q = 1). Each term of the sum is non-negative, so nothing of the
-size of the logits cancels: two nearly equal distributions give a small number with small *relative* error,
-and equal ones give exactly 0, in float32. The second term corrects for m in place of the normalisers. It is small
-unless the candidate's maximum moved against everything else; the rounding error is relative to the first term.
+which is Σ p (log p − log q) rearranged (Σ p = Σ q = 1). Each term of the sum is non-negative, so no numbers as large as
+the logits cancel: even in float32, two nearly equal distributions give a small number with a small *relative* error,
+and equal ones give exactly 0. The second term corrects for using m instead of the normalisers. It is small
+unless the candidate's maximum moved relative to everything else; the rounding error is relative to the first term.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pytest_kld.kernel.reduction import Reduction, eager_reduction
 REFERENCE_NON_FINITE = 1
 """Flag bit: the reference's row holds NaN or +inf, or is −inf in every column that both sides have."""
 CANDIDATE_NON_FINITE = 2
-"""Flag bit: the candidate's row does."""
+"""Flag bit: the same for the candidate's row."""
 NO_LABEL = 4
 """Flag bit: the position has no next token (the last one of a window)."""
 
@@ -36,17 +36,17 @@ class Divergence:
     """Figures of N positions; every field has shape [N].
 
     Attributes:
-        kl: KL(reference ‖ candidate) in nats, float64. NaN where a flag says that a side is not finite;
-            +inf where the candidate gives probability 0 to a token that the reference deems possible (by more
-            than the least number of the dtype that is computed in: e⁻¹⁰³ in float32).
+        kl: KL(reference ‖ candidate) in nats, float64. NaN if a flag says that a side is not finite;
+            +inf if the candidate gives probability 0 to a token that the reference considers possible (with a
+            probability above the smallest number of the dtype used for the computation: e⁻¹⁰³ in float32).
         reference_nll: −log p(label) under the reference in nats, float64; NaN without a label.
-        candidate_nll: the same under the candidate.
+        candidate_nll: −log p(label) under the candidate; likewise.
         reference_entropy: Shannon entropy of the reference's distribution in nats, float64.
         reference_confidence: the reference's probability of its most probable token, float64.
-        reference_argmax: the reference's most probable token (the first, among equals), int32.
-        candidate_argmax: the candidate's.
-        reference_cut_mass: the reference's probability of the columns that the candidate lacks, float64: 0 without any.
-            Every other figure is of what is left, renormalised.
+        reference_argmax: the reference's most probable token (the first one if several are equal), int32.
+        candidate_argmax: the candidate's most probable token; likewise.
+        reference_cut_mass: the reference's probability of the columns that the candidate lacks, float64; 0 if it lacks
+            none. Every other figure is computed from the remaining columns, renormalised.
         candidate_cut_mass: the candidate's probability of the columns that the reference lacks. The KL to its whole
             distribution is greater by −log(1 − candidate_cut_mass).
         flags: bits REFERENCE_NON_FINITE, CANDIDATE_NON_FINITE and NO_LABEL, uint8.
@@ -70,14 +70,14 @@ def divergence(
 ) -> Divergence:
     """Compare two sets of logits position by position.
 
-    Columns beyond the shorter vocabulary are cut and what is left is renormalised (softmax does that by
-    construction). How much is cut is told, and a value there that is not finite spoils its row as any other does.
-    Shifting a row by a constant changes nothing, so log-probabilities do as well as logits.
+    Columns beyond the shorter vocabulary are cut and the remaining ones are renormalised (softmax does that by
+    construction). The result says how much was cut. A value in the cut columns that is not finite invalidates its row,
+    as any other does. Shifting a row by a constant changes nothing, so log-probabilities work as well as logits.
 
     Args:
         reference: [N, V_r], any float dtype. −inf means probability 0.
         candidate: [N, V_c], any float dtype, same device.
-        labels: [N], the next token's id, or −1 where there is none; below min(V_r, V_c).
+        labels: [N], the next token's id, or −1 if there is none; below min(V_r, V_c).
         reduction: how a row is summed; by default `eager_reduction`. See `compiled_reduction`.
 
     Returns:
@@ -103,7 +103,7 @@ def divergence(
     bad_r, bad_c = ~m_r.isfinite() | not_finite(beyond_r), ~m_c.isfinite() | not_finite(beyond_c)
     flags = bad_r * REFERENCE_NON_FINITE + bad_c * CANDIDATE_NON_FINITE + no_label * NO_LABEL
     return Divergence(
-        # Below 0 there is only the rounding of the sums.
+        # Only the rounding of the sums can make it negative.
         kl=kl.clamp(min=0).masked_fill(bad_r | bad_c, math.nan).cpu(),
         reference_nll=nll_r.masked_fill(bad_r, math.nan).cpu(),
         candidate_nll=nll_c.masked_fill(bad_c, math.nan).cpu(),

@@ -1,4 +1,4 @@
-"""The extended figures per position: a second pass over the logits of both sides, made only if asked for.
+"""The extended figures per position: a second pass over the logits of both sides, on request only.
 
 It is float64 throughout. With log p, log q the normalised log-probabilities of reference and candidate,
 d = log q − log p and r = (p − q) / (p + q),
@@ -7,8 +7,9 @@ d = log q − log p and r = (p − q) / (p + q),
     Jensen–Shannon            = ½ Σ (p log(1 + r) + q log(1 − r))      = ½ KL(p ‖ m) + ½ KL(q ‖ m), m = (p + q) / 2
     total variation           = ½ Σ |p − q|
 
-The p − q in the first adds nothing, and makes every term non-negative and the rounding of the normalisers
-cancel; log(1 + r) in the second is exact where p and q are nearly equal. So small figures have small relative errors.
+In the first, p − q adds nothing to the sum, but it makes every term non-negative and cancels the rounding of the
+normalisers. In the second, log(1 + r) is exact if p and q are nearly equal. So small figures have small relative
+errors.
 """
 
 from __future__ import annotations
@@ -22,27 +23,27 @@ from torch import Tensor
 from pytest_kld.kernel.beyond import log_weight_beyond, not_finite
 
 TOP = 5
-"""How many of the most probable tokens `top5_overlap` looks at."""
+"""The number of most probable tokens that `top5_overlap` compares."""
 _EPSILON, _TINY = torch.finfo(torch.float64).eps, torch.finfo(torch.float64).tiny
 _CPU_ELEMENTS = 1 << 18
-"""Logits per side in one block on a CPU: what stays in the core's caches."""
+"""Logits per side in one block on a CPU: they fit into the core's caches."""
 _DEVICE_ELEMENTS = 1 << 24
 """Logits per side in one block on an accelerator (workspace about 1 GiB)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extended:
-    """Further figures of N positions, float64 [N] each. NaN where a side is not finite, as `Divergence.kl` is.
+    """Further figures of N positions, float64 [N] each. NaN if a side is not finite, like `Divergence.kl`.
 
     Attributes:
-        reverse_kl: KL(candidate ‖ reference) in nats; +inf where the reference gives probability 0 to a token that
-            the candidate deems possible. Kullback & Leibler 1951.
+        reverse_kl: KL(candidate ‖ reference) in nats; +inf if the reference gives probability 0 to a token that
+            the candidate considers possible. Kullback & Leibler 1951.
         js: Jensen–Shannon divergence in nats, in [0, ln 2], symmetric. Lin 1991, doi:10.1109/18.61115.
         tv: total variation distance in [0, 1], symmetric: the largest difference between the probabilities that
-            the two give to one event. By Pinsker's inequality tv² ≤ kl / 2.
-        top5_overlap: share of the reference's five most probable tokens (the first, among equals) that are among
-            the candidate's five, in [0, 1].
-        entropy_difference: Shannon entropy of the candidate's distribution less the reference's, in nats.
+            both sides give to the same event. By Pinsker's inequality tv² ≤ kl / 2.
+        top5_overlap: share of the reference's five most probable tokens (the first ones if several are equal) that are
+            among the candidate's five, in [0, 1].
+        entropy_difference: Shannon entropy of the candidate's distribution minus the reference's, in nats.
 
     """
 
@@ -84,13 +85,13 @@ def _block(reference: Tensor, candidate: Tensor, vocab_size: int) -> Extended:
     for side in (reference, candidate):
         bad = bad | not_finite(log_weight_beyond(side, vocab_size))
     p_minus_q = p - q
-    # Where q is 0, log q may be −inf, and 0 · (−inf) is 0 here.
+    # If q is 0, log q may be −inf; here 0 · (−inf) counts as 0.
     reverse_kl = torch.where(q == 0, p, q * (log_q - log_p) + p_minus_q).sum(-1)
-    # Where one of the two vanishes beside the other, r is ±1 and a logarithm −∞: the product is 0 to within an ε.
+    # If p or q is negligible against the other, r is ±1 and one logarithm is −∞: its product is 0 to within an ε.
     r = (p_minus_q / (p + q).clamp(min=_TINY)).clamp(min=_EPSILON - 1, max=1 - _EPSILON)
     js = (p * r.log1p() + q * (-r).log1p()).sum(-1) / 2
     figures = Extended(
-        reverse_kl=reverse_kl.clamp(min=0),  # below 0 there is only the rounding of the sum
+        reverse_kl=reverse_kl.clamp(min=0),  # only the rounding of the sum can make it negative
         js=js.clamp(min=0, max=math.log(2)),
         tv=(p_minus_q.abs().sum(-1) / 2).clamp(max=1),
         top5_overlap=(_top(z_r) & _top(z_c)).sum(-1, dtype=torch.float64) / min(TOP, p.shape[1]),
@@ -106,7 +107,7 @@ def _entropy(p: Tensor, log_p: Tensor) -> Tensor:
 
 
 def _top(z: Tensor) -> Tensor:
-    """Mark each row's `TOP` greatest; of those equal to the last of them the first ones, so that it is well defined."""
+    """Mark the `TOP` greatest of each row; among those equal to the smallest of them, the first ones count."""
     top = min(TOP, z.shape[1])
     least = z.topk(top, dim=-1).values[:, -1:]
     member = z >= least

@@ -1,4 +1,4 @@
-"""The language-model head: from hidden states to logits, and the proof that this is what the engine does."""
+"""The language-model head: it turns hidden states into logits, and a check proves that the engine does the same."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pytest_kld.kernel.precision import full_float32
 
 HeadMode = Literal["exact", "native"]
 _TILE_ELEMENTS = 1 << 24
-"""Weight elements that are converted to float32 at a time on devices without a mixed-precision product."""
+"""Weight elements converted to float32 at a time on devices without a mixed-precision product."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ class Head:
         return {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
 
     def transforms(self) -> dict[str, float | None]:
-        """Return what is applied to the product, as JSON for the manifest."""
+        """Return the transforms applied to the product, as JSON for the manifest."""
         return {"scale": self.scale, "softcap": self.softcap}
 
     def logits(self, hidden: Tensor, mode: HeadMode = "exact") -> Tensor:
@@ -63,8 +63,8 @@ class Head:
 
         Args:
             hidden: [N, H] last hidden states, in the engine's dtype.
-            mode: `exact` computes in float32 (float64 for a float64 model); `native` in the engine's dtype, with
-                the rounding that the engine itself does. Neither uses TF32 for float32 products.
+            mode: `exact` computes in float32 (float64 for a float64 model); `native` computes in the engine's dtype,
+                with the same rounding as the engine. Neither uses TF32 for float32 products.
 
         Returns:
             [N, V]; float32 (or float64) for `exact`, the engine's dtype for `native`.
@@ -107,7 +107,7 @@ def _has_mixed_product(hidden: Tensor) -> bool:
 
 
 def _tiled_product(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Multiply in the dtype of `hidden`, converting a part of the weight at a time."""
+    """Multiply in the dtype of `hidden`, converting one part of the weight at a time."""
     dtype = hidden.dtype
     z = torch.empty(hidden.shape[0], weight.shape[0], dtype=dtype, device=hidden.device)
     tile = max(1, _TILE_ELEMENTS // weight.shape[1])
@@ -122,9 +122,9 @@ class HeadCheck:
 
     Attributes:
         rows: finite rows compared.
-        worst: largest |difference| in units of what the engine's dtype can represent; at most 1 is faithful.
-        mean_kl: mean KL(recomputed ‖ engine's) in nats: the engine's own rounding, if the head is faithful.
-        dtype: the dtype whose rounding was allowed for, e.g. `bfloat16`.
+        worst: largest |difference| in units of the tolerance; the head is faithful if it is at most 1.
+        mean_kl: mean KL(recomputed ‖ engine's) in nats. If the head is faithful, this is the engine's own rounding.
+        dtype: the dtype whose rounding the tolerance allows for, e.g. `bfloat16`.
 
     """
 
@@ -135,7 +135,7 @@ class HeadCheck:
 
     @property
     def faithful(self) -> bool:
-        """Whether the head explains the engine's logits. Without one finite row there is nothing against it."""
+        """Whether the head explains the engine's logits. It counts as faithful if no row is finite."""
         return self.worst <= 1
 
     def to_json(self) -> dict[str, Any]:
@@ -144,19 +144,19 @@ class HeadCheck:
 
 
 def check_head(head: Head, hidden: Tensor, engine_logits: Tensor) -> HeadCheck:
-    """Recompute rows and hold them against the engine's own logits.
+    """Recompute rows and compare them with the engine's own logits.
 
-    The engine rounds its product, and each step after it, to its dtype: up to 2 ε |z| for a logit z. That is the dtype
-    of hidden states or weight, though the logits may come out wider: a softcap is often applied in float32 to a product
-    in bfloat16. It never widens an error, as its slope is at most 1, and z sech²(z / c) at most its result. Adding
-    H products up costs it at most about ε ‖h‖ ‖w‖ / √H more when partial sums are rounded to that dtype, and
-    4 √H ε₃₂ ‖h‖ ‖w‖ / √H when they are float32. A sum of these is what each logit may differ by; a quantized,
-    LoRA-wrapped or otherwise different head is off by more.
+    The engine rounds its product, and each step after it, to its dtype: up to 2 ε |z| for a logit z. ε belongs to the
+    dtype of hidden states or weight, even if the logits have a wider one: a softcap is often applied in float32 to a
+    product in bfloat16. A softcap never increases an error: its slope is at most 1, and |z| sech²(z / c) is at most the
+    size of its result. Adding H products up costs at most about ε ‖h‖ ‖w‖ / √H more if partial sums are rounded to that
+    dtype, and 4 √H ε₃₂ ‖h‖ ‖w‖ / √H if they are float32. Each logit may differ by the sum of these errors; a quantized,
+    LoRA-wrapped or otherwise different head differs by more.
 
     Args:
-        head: what is to be proved.
+        head: the head to check.
         hidden: [K, H].
-        engine_logits: [K, V] of the same rows, in the engine's dtype or a wider one.
+        engine_logits: [K, V], for the same rows, in the engine's dtype or a wider one.
 
     """
     dtype = str(engine_logits.dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Float32 products in full float32, whatever the process allows for its own."""
+"""Computes float32 products in full float32, regardless of the process's own settings."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _before: _Settings | None = None
 
 @dataclass(frozen=True, slots=True)
 class _Settings:
-    """What torch allows for float32 products, of the whole process.
+    """The precision that torch allows for float32 products in the whole process.
 
     Attributes:
-        legacy: as `torch.get_float32_matmul_precision` tells it, or as near as torch lets it be known.
-        newer: `fp32_precision` of CUDA's and of oneDNN's products.
+        legacy: the value of `torch.get_float32_matmul_precision`, or the best estimate if torch refuses to return it.
+        newer: `fp32_precision` for the products of CUDA and of oneDNN.
 
     """
 
@@ -41,14 +41,14 @@ class _Settings:
 
 
 def _legacy(cuda: str) -> str:
-    """Return the legacy setting. Torch refuses to tell it when the newer settings say something else."""
+    """Return the legacy setting. Torch refuses to return it if the newer settings contradict it."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:
         pass
     try:
         allowed = torch.backends.cuda.matmul.allow_tf32
-    except RuntimeError:  # the two disagree on CUDA
+    except RuntimeError:  # the legacy and the newer setting disagree on CUDA
         allowed = cuda != "tf32"
     return "high" if allowed else "highest"
 
@@ -59,11 +59,12 @@ def _backends() -> tuple[Any, Any]:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Compute float32 products in float32: without TF32 or bfloat16 inside, and with the settings restored afterwards.
+    """Compute float32 products in float32, without TF32 or bfloat16, and restore the settings afterwards.
 
     `TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1`, which NVIDIA's images set, makes TF32 the process's initial setting. Torch
-    reads it once, so a later setting wins. The settings are of the process: of several threads in here the first one
-    sets them and the last one restores them. `NVIDIA_TF32_OVERRIDE` acts within cuBLAS, and nothing here can undo it.
+    reads it once, so a later setting wins. The settings apply to the whole process: if several threads are in this
+    context, the first one sets them and the last one restores them. `NVIDIA_TF32_OVERRIDE` acts within cuBLAS and
+    cannot be undone here.
     """
     global _users, _before
     with _lock:

@@ -1,6 +1,6 @@
-"""What the kernel does with whole rows: maxima, arg-maxima and four sums of both sides. Pure torch, no I/O.
+"""Reduces whole rows for the kernel: maxima, arg-maxima and four sums of both sides. Pure torch, no I/O.
 
-The symbols are those of `divergence`. There are two ways to the same result: plain operations for any device and
+The symbols are those of `divergence`. Two implementations compute the same result: plain operations for any device and
 dtype, and a compiled loop.
 """
 
@@ -18,40 +18,40 @@ from torch.nn import functional
 _MASKED = -1e30
 """Stands in for −inf on the reference's side, so that 0 · (−inf) cannot arise there."""
 _CACHED_ELEMENTS = 1 << 20
-"""Logits per side in one eager block on a CPU: what stays in the core's caches."""
+"""Logits per side in one eager block on a CPU: they fit into the core's caches."""
 _DEVICE_ELEMENTS = 1 << 26
 """Logits per side in one eager block on an accelerator: few launches, bounded workspace (1 GiB)."""
 _ONE_LOOP: dict[str, str | int | bool | Callable[..., Any]] = {
     "cpp.enable_floating_point_contract_flag": "fast",  # fused multiply-add
-    # The compiler would write what several sums share to memory and read it again.
+    # Otherwise the compiler would write values that several sums share to memory and read them again.
     "realize_opcount_threshold": 10_000,
     "realize_reads_threshold": 10_000,
 }
 _SCALE_EXPONENT = 24
-"""The compiled pass scales by 2²⁴, so that its least weight is float32's least number, without denormal numbers."""
+"""The compiled pass scales by 2²⁴, so that its smallest weight is float32's smallest number, without denormals."""
 _LEAST_EXPONENT = -127 - _SCALE_EXPONENT
 """The exponent whose bits are those of 0."""
 _LEAST_LOG = -105.0
-"""Its exponent of two rounds to _LEAST_EXPONENT: the weight is 0."""
+"""The exponent of two of this logarithm rounds to _LEAST_EXPONENT: the weight is 0."""
 _LEAST_LOG_RATIO = -2000.0
-"""The compiled pass takes the exponential of any smaller log ratio as 0."""
+"""The compiled pass treats the exponential of any smaller log ratio as 0."""
 _LN_2_HIGH = 355 / 512
 """The leading bits of ln 2: its product with an exponent is exact (Cody and Waite)."""
 _LN_2_LOW = math.log(2) - _LN_2_HIGH
 _TILE_COLUMNS = 2048
-"""Columns whose maximum and, compiled, sums are taken at once: float32 sums of whole rows would be off by 1e-5."""
+"""Columns per maximum and, in the compiled pass, per sum: float32 sums of whole rows would be off by 1e-5."""
 
 Sums = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Reduced(NamedTuple):
-    """What is left of the rows of both sides; every field has shape [N].
+    """The reduced rows of both sides; every field has shape [N].
 
     Attributes:
-        max_r: m of the reference; NaN where the row holds one.
-        max_c: m of the candidate.
-        argmax_r: the first column that has it, int64.
-        argmax_c: the same of the candidate.
+        max_r: m of the reference; NaN if the row contains NaN.
+        max_c: m of the candidate; likewise.
+        argmax_r: the first column with the value max_r, int64.
+        argmax_c: the first column with the value max_c, int64.
         sums: Σ a, Σ b, Σ a φ(u) and Σ a log a.
 
     """
@@ -82,7 +82,7 @@ def _eager_sums(z_r: Tensor, z_c: Tensor, m_r: Tensor, m_c: Tensor) -> Sums:
     positions, vocab_size = z_r.shape
     elements = _CACHED_ELEMENTS if z_r.device.type == "cpu" else _DEVICE_ELEMENTS
     rows = max(1, min(positions, elements // vocab_size))
-    # Fresh temporaries of this size would cost more in page faults than the arithmetic on them.
+    # Page faults of new temporaries of this size would cost more than the arithmetic.
     workspace = torch.empty(4, rows, vocab_size, dtype=z_r.dtype, device=z_r.device)
     sums = [torch.empty(positions, dtype=z_r.dtype, device=z_r.device) for _ in range(4)]
     for start in range(0, positions, rows):
@@ -97,8 +97,8 @@ def _eager_sums(z_r: Tensor, z_c: Tensor, m_r: Tensor, m_c: Tensor) -> Sums:
         torch.sum(y, -1, out=sums[1][block])
         torch.sum(x.mul_(a), -1, out=sums[3][block])
         torch.expm1(u, out=x).sub_(u).mul_(a)
-        torch.where(u > 60, y, x, out=x)  # a eᵘ = b, and a (1 + u) vanishes beside it: exact where eᵘ overflows
-        x.nan_to_num_(nan=0.0, posinf=math.inf)  # 0 · inf: neither side gives the token any probability
+        torch.where(u > 60, y, x, out=x)  # a eᵘ = b, and a (1 + u) is negligible: exact even if eᵘ overflows
+        x.nan_to_num_(nan=0.0, posinf=math.inf)  # 0 · inf: both sides give the token probability 0
         torch.sum(x, -1, out=sums[2][block])
     return sums[0], sums[1], sums[2], sums[3]
 
@@ -106,23 +106,23 @@ def _eager_sums(z_r: Tensor, z_c: Tensor, m_r: Tensor, m_c: Tensor) -> Sums:
 def compiled_reduction() -> Reduction:
     """Compile the same sums into one pass over both matrices (`torch.compile`).
 
-    Compiling takes some 20 seconds for each width, and a C++ compiler (on CUDA: Triton), so it pays for large jobs
-    only. It is written for float32; float64 is reduced by `eager_reduction`.
+    Compiling takes about 20 seconds for each width and needs a C++ compiler (on CUDA: Triton), so it pays off for large
+    jobs only. The pass is written for float32; `eager_reduction` handles float64.
     """
     from torch._dynamo import mark_dynamic, mark_static  # loads the compiler, which takes a second
 
-    with warnings.catch_warnings(action="ignore"):  # torch's compiler uses what torch deprecates
+    with warnings.catch_warnings(action="ignore"):  # torch's compiler uses deprecated parts of torch
         one_pass = torch.compile(_one_pass, options=_ONE_LOOP)
 
     def reduction(z_r: Tensor, z_c: Tensor) -> Reduced:
-        if z_r.dtype != torch.float32 or len(z_r) < 2:  # one row would be compiled apart
+        if z_r.dtype != torch.float32 or len(z_r) < 2:  # a single row would be compiled separately
             return eager_reduction(z_r, z_c)
         whole = z_r.shape[1] - z_r.shape[1] % min(_TILE_COLUMNS, z_r.shape[1])
-        # An empty row of −inf would do for a whole number of tiles, but amax refuses it.
+        # Without the padding the rest would be empty for a whole number of tiles, which amax rejects.
         rest_r, rest_c = (functional.pad(z[:, whole:], (0, 1), value=-math.inf).amax(-1) for z in (z_r, z_c))
         arguments = z_r[:, :whole], z_c[:, :whole], rest_r, rest_c
         for tensor in arguments:
-            mark_dynamic(tensor, 0)  # compiled once for any number of rows, and for each width apart
+            mark_dynamic(tensor, 0)  # compiled once for any number of rows, but separately for each width
         for matrix in arguments[:2]:
             mark_static(matrix, 1)
         tiles_r, tiles_c, *parts = one_pass(*arguments)
@@ -131,7 +131,7 @@ def compiled_reduction() -> Reduction:
         sums = torch.stack(parts).double().sum(-1) / 2**_SCALE_EXPONENT
         if whole < z_r.shape[1]:
             sums += torch.stack(_eager_sums(z_r[:, whole:], z_c[:, whole:], m_r, m_c))
-        apart = ~(m_r.isfinite() & m_c.isfinite())  # the pass computes b from a: one bad side would spoil both
+        apart = ~(m_r.isfinite() & m_c.isfinite())  # the pass computes b from a: one bad side would invalidate both
         if apart.any():
             sums[:, apart] = torch.stack(_eager_sums(z_r[apart], z_c[apart], m_r[apart], m_c[apart])).double()
         first, second, third, fourth = sums
@@ -143,16 +143,16 @@ def compiled_reduction() -> Reduction:
 def _one_pass(z_r: Tensor, z_c: Tensor, rest_r: Tensor, rest_c: Tensor) -> tuple[Tensor, ...]:
     """Take maxima and sums of every tile, relative to the row's maximum.
 
-    The sums are those of `_eager_sums` times 2**_SCALE_EXPONENT, where weights below 2⁻¹⁵⁰ are 0.
+    The sums are those of `_eager_sums` times 2**_SCALE_EXPONENT, except that weights below 2⁻¹⁵⁰ count as 0.
 
-    exp is written out: with k = round(v / ln 2) and the rest t = v − k ln 2, eᵛ = 2ᵏ (1 + t + φ(t)). One polynomial
-    then serves both φ(u) where k = 0 and b = a eᵘ, whose exponents are added before either can over- or underflow.
+    exp is expanded: with k = round(v / ln 2) and the rest t = v − k ln 2, eᵛ = 2ᵏ (1 + t + φ(t)). One polynomial then
+    serves both φ(u) if k = 0, and b = a eᵘ, whose exponents are added before either can overflow or underflow.
 
     Args:
         z_r: [N, K·T] logits of the reference, float32.
         z_c: [N, K·T] logits of the candidate.
-        rest_r: [N] maxima of the columns that are reduced elsewhere, −inf without any.
-        rest_c: the same of the candidate.
+        rest_r: [N] maxima of the reference's columns that are reduced elsewhere; −inf if there are none.
+        rest_c: [N] the same for the candidate.
 
     Returns:
         Maxima of the tiles of both sides and the four sums, each [N, K].
@@ -169,7 +169,7 @@ def _one_pass(z_r: Tensor, z_c: Tensor, rest_r: Tensor, rest_c: Tensor) -> tuple
     a = mantissa * _power_of_two(k)
     b = mantissa * (1 + t_u + phi_u) * _power_of_two((k + k_u).clamp(min=_LEAST_EXPONENT))
     terms = torch.where(k_u == 0, a * phi_u, b - a - a * u)
-    # 0 · inf, where neither side gives the token any probability, is NaN and compares false: it adds nothing.
+    # 0 · inf (both sides give the token probability 0) is NaN, which compares false: it adds nothing.
     terms = torch.where(terms > 0, terms, 0.0)
     return tiles_r, tiles_c, a.sum(-1), b.sum(-1), terms.sum(-1), (a * x).sum(-1)
 
@@ -187,14 +187,14 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 
 def _tile_max(z: Tensor) -> Tensor:
-    """Return the maxima of each tile and of what is left, [N, ⌈V / T⌉]: one plain read of the matrix."""
+    """Return the maxima of each tile and of the remaining columns, [N, ⌈V / T⌉], in one plain read of the matrix."""
     whole = z.shape[1] - z.shape[1] % _TILE_COLUMNS
     tiles = z[:, :whole].reshape(len(z), whole // _TILE_COLUMNS, _TILE_COLUMNS).amax(-1)
     return torch.cat([tiles, z[:, whole:].amax(-1, keepdim=True)], -1) if whole < z.shape[1] else tiles
 
 
 def _row_max(z: Tensor, tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Row maxima and the first index of each, looked for in the winning tile alone. NaN wins over every number."""
+    """Return row maxima and the first index of each, searched in the winning tile only. NaN beats every number."""
     values, tile = tiles.max(-1)
     columns = tile[:, None] * _TILE_COLUMNS + torch.arange(_TILE_COLUMNS, device=z.device)
     columns.clamp_(max=z.shape[1] - 1)

@@ -1,1 +1,1 @@
-"""Reports: drawn from GateResults, nothing else."""
+"""Reports, made from GateResults alone."""

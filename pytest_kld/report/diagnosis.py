@@ -1,4 +1,4 @@
-"""A diagnosis as lines for a terminal. Decoded text is quoted with `repr`: no control character gets there raw."""
+"""A diagnosis as lines for a terminal. Decoded text is quoted with `repr`, so no raw control character is printed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _WINDOWS = 3
 _TOKENS = 6
 _TOP = 3
 _CONTEXT = 60
-"""Characters of context before a label."""
+"""The number of context characters shown before a label."""
 
 
 def diagnosis_lines(diagnosis: dict[str, Any]) -> list[str]:
-    """Return the lines, about 25: patterns, where the KL is, and the worst positions."""
+    """Return about 25 lines: patterns, the distribution of KL, and the worst positions."""
     lines = []
     for pattern in diagnosis["patterns"]:
         text = f"{pattern['name']}: {pattern['explanation']} [{pattern['evidence']}]"
@@ -40,7 +40,7 @@ def diagnosis_lines(diagnosis: dict[str, Any]) -> list[str]:
 
 
 def _figures(title: str, figures: Sequence[str]) -> list[str]:
-    """Put figures on as few lines as hold them; none is broken, as text in it may have spaces."""
+    """Put figures on as few lines as possible. No figure is broken, because its text may contain spaces."""
     lines = [f"  {title}:"]
     for figure in figures:
         if len(lines[-1]) + 2 + len(figure) > _WIDTH:
@@ -58,7 +58,7 @@ def _confidences(buckets: list[dict[str, Any]]) -> list[str]:
 
 
 def _parts(buckets: list[dict[str, Any]]) -> list[str]:
-    """Show four of the parts that a window is divided into: the first, two between, and the last."""
+    """Show four of the parts of a window: the first, two in between, and the last."""
     step = max(1, (len(buckets) - 1) // 3)
     chosen = [*buckets[: -step or None : step][:3], buckets[-1]]
     return [

@@ -1,4 +1,4 @@
-"""The HTML report: one file with charts and tables that asks nothing of a network."""
+"""The HTML report: one file with charts and tables that needs no network."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 _ASSETS = files("pytest_kld.report") / "assets"
 _LIBRARIES = ("d3", "plot")
-"""Charting libraries in the order in which they load; both are under the ISC licence, which goes where they go."""
+"""Charting libraries in loading order; both are under the ISC licence, whose text is included with them."""
 
 
 def write_html_report(path: Path, results: Sequence[GateResult], incomplete: Incomplete | None = None) -> None:
-    """Write the report, whole or not at all.
+    """Write the report completely or not at all.
 
     Raises:
         ReportError: the file cannot be written.
@@ -39,7 +39,7 @@ def write_html_report(path: Path, results: Sequence[GateResult], incomplete: Inc
 
 
 def render(results: Sequence[GateResult], incomplete: Incomplete | None = None) -> str:
-    """Return the report as HTML. Text that is not ours is escaped, and its control characters are spelled out."""
+    """Return the report as HTML. Text from outside is escaped, including its control characters."""
     report = view(results)
     scripts = [*(_library(name) for name in _LIBRARIES), _asset("charts.js")]
     return (
@@ -51,8 +51,8 @@ def render(results: Sequence[GateResult], incomplete: Incomplete | None = None) 
             chart_data=_chart_data(report.chart_data()),
             created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             version=__version__,
-            style=Markup(_asset("report.css")),  # noqa: S704 (ours)
-            scripts=[Markup(script) for script in scripts],  # noqa: S704 (ours and the libraries')
+            style=Markup(_asset("report.css")),  # noqa: S704 (our own file)
+            scripts=[Markup(script) for script in scripts],  # noqa: S704 (our own file and the libraries)
             policy=_policy(scripts),
         )
     )
@@ -90,10 +90,10 @@ def show_token(text: str) -> str:
 
 
 def _policy(scripts: Sequence[str]) -> str:
-    """Return a content security policy: the scripts that are in the file run, and nothing else is run or loaded.
+    """Return a content security policy: the scripts in the file run, and nothing else is run or loaded.
 
-    Styles may stand anywhere, because the charts bring their own; they cannot load anything either. Images are the
-    colour scales that the charts draw.
+    Inline styles are allowed anywhere, because the charts add their own; they cannot load anything either. The only
+    images are the colour scales that the charts draw.
     """
     hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
@@ -109,7 +109,7 @@ def _asset(name: str) -> str:
 
 
 def _chart_data(value: Any) -> Any:
-    """Spell out control characters, and replace numbers that JSON lacks by null: only tables show these."""
+    """Escape control characters, and replace numbers that JSON lacks with null: only tables show these numbers."""
     if isinstance(value, dict):
         return {name: _chart_data(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -120,5 +120,5 @@ def _chart_data(value: Any) -> Any:
 
 
 def _shown(value: Any) -> Any:
-    """Spell out the control characters of whatever the template puts in, but for its own markup."""
+    """Escape control characters in everything that the template inserts, except its own markup."""
     return plain(value, keep=LINES) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from pytest_kld.gate.result import GateResult, Incomplete
 
 SCHEMA_VERSION = 2
-"""Raised whenever a field is renamed, removed, or changes its meaning."""
+"""Incremented when a field is renamed, removed, or changes its meaning."""
 
 
 def write_json_report(path: Path, results: Sequence[GateResult], incomplete: Incomplete | None = None) -> None:
-    """Write everything that is known of each gated test, and what is missing if the session ended early.
+    """Write everything known about each gated test, and what is missing if the session ended early.
 
     Raises:
         ReportError: the file cannot be written.
@@ -42,14 +42,14 @@ def _described(result: GateResult) -> dict[str, Any]:
     data = {**result.to_json(), "band": result.band, "notes": result.notes}
     data["subjects"] = {side: data[side] for side in ("reference", "candidate")}
     data |= {"reference": result.reference.label, "candidate": result.candidate.label}
-    del data["profile"]  # there for charts alone
+    del data["profile"]  # used only by charts
     return data
 
 
 def _portable(value: Any) -> Any:
-    """Write numbers that JSON lacks as the strings `nan`, `inf` and `-inf`, and spell out lone surrogates.
+    """Write numbers that JSON lacks as the strings `nan`, `inf` and `-inf`, and escape lone surrogates in the text.
 
-    JSON could escape these, and many of its readers would refuse the whole report.
+    JSON has an escape for lone surrogates, but many readers would reject the whole report because of it.
     """
     if isinstance(value, dict):
         return {_portable(name): _portable(item) for name, item in value.items()}

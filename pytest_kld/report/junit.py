@@ -1,7 +1,7 @@
 """The stand-alone JUnit report: a suite per candidate, a case per limit.
 
-It keeps to the schema of Jenkins' xUnit plugin, which knows properties of suites and not of cases; what a case has to
-say is in its system-out.
+It follows the schema of Jenkins' xUnit plugin, which allows properties for suites but not for cases; the figures of a
+case are in its system-out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def write_junit(path: Path, results: Sequence[GateResult]) -> None:
-    """Write the report. A limit that holds is a case that passed; what was not measured is an error.
+    """Write the report. A limit that holds is a passed case; a test that was not measured is an error.
 
     Raises:
         ReportError: the file cannot be written.
@@ -37,7 +37,7 @@ def write_junit(path: Path, results: Sequence[GateResult]) -> None:
 
 
 def _total(report: JUnitXml) -> None:
-    """Write the sums. Not `update_statistics`: the schema knows `skipped` of suites only, and three decimals."""
+    """Write the totals without `update_statistics`: the schema allows three decimals, and `skipped` only for suites."""
     for suite in report:
         suite.update_statistics()
         suite.time = round(suite.time, 3)

@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 
 _SECONDS_BETWEEN_LINES = 10.0
-"""On something that is no terminal a line is printed this often; on a terminal the line is rewritten."""
+"""If the output is not a terminal, a line is printed this often; on a terminal the line is rewritten."""
 _SECONDS_BETWEEN_REWRITES = 0.2
 
 
 class TerminalProgress:
-    """Writes progress past pytest's capturing. Silent under -q; in xdist's workers there is no terminal."""
+    """Writes progress despite pytest's capturing. Silent with -q; xdist's workers have no terminal."""
 
     def __init__(self, config: pytest.Config) -> None:
         """Find the terminal, if there is one."""
-        quiet = config.getoption("verbose", 0) < 0  # no option without pytest's terminal plugin
+        quiet = config.getoption("verbose", 0) < 0  # the option is missing without pytest's terminal plugin
         self._reporter: Any = None if quiet else config.pluginmanager.getplugin("terminalreporter")
         self._capturing: Any = config.pluginmanager.getplugin("capturemanager")
 
@@ -38,7 +38,7 @@ class TerminalProgress:
 
     @contextmanager
     def task(self, name: str, total: int, done: int = 0) -> Iterator[TerminalTask]:
-        """Show how a piece of work goes on, and how long it took when it is done."""
+        """Show the progress of a task, and its duration when it is done."""
         task = TerminalTask(self, name, total, done)
         yield task
         task.finish()
@@ -50,7 +50,7 @@ class TerminalProgress:
         with self._capturing.global_and_fixture_disabled() if self._capturing else nullcontext():
             self._reporter.ensure_newline()
             if self._reporter.isatty:
-                width = self._reporter._tw.fullwidth - 1  # what is longer wraps, and could not be rewritten
+                width = self._reporter._tw.fullwidth - 1  # a longer line wraps and cannot be rewritten
                 self._reporter.rewrite(line if last else line[:width], erase=True)
                 if last:
                     self._reporter.write_line("")
@@ -60,13 +60,13 @@ class TerminalProgress:
 
     @property
     def seconds_between_lines(self) -> float:
-        """Return how often a task may write."""
+        """Return the shortest time between two lines of a task."""
         terminal = self._reporter is not None and self._reporter.isatty
         return _SECONDS_BETWEEN_REWRITES if terminal else _SECONDS_BETWEEN_LINES
 
 
 class TerminalTask:
-    """Counts windows and writes now and then."""
+    """Counts windows and reports at intervals."""
 
     def __init__(self, progress: TerminalProgress, name: str, total: int, done: int) -> None:
         """Start the clock."""
@@ -85,7 +85,7 @@ class TerminalTask:
             self._say(f"{rate:.2f} windows/s, {format_seconds(eta)} left", last=False)
 
     def finish(self) -> None:
-        """Say how long it took."""
+        """Report how long it took."""
         self._say(f"done in {format_seconds(time.monotonic() - self._started)}", last=True)
 
     def _say(self, text: str, *, last: bool) -> None:
@@ -93,7 +93,7 @@ class TerminalTask:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a duration as people say it."""
+    """Return a duration in a readable form."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -101,7 +101,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def table(results: Sequence[GateResult]) -> list[str]:
-    """Return the lines of the closing table: a row per candidate, and below it one per dataset if there are several."""
+    """Return the lines of the final table: a row per candidate, followed by a row per dataset if there are several."""
     columns = [
         "Model",
         "Mean KLD",
@@ -159,7 +159,7 @@ def _title(results: Sequence[GateResult]) -> str:
 
 
 def _aligned(rows: list[list[str]], left: tuple[int, ...]) -> list[str]:
-    rows = [[plain(cell) for cell in row] for row in rows]  # before it is measured
+    rows = [[plain(cell) for cell in row] for row in rows]  # escape before measuring widths
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(
@@ -177,7 +177,7 @@ def notes(results: Sequence[GateResult]) -> list[str]:
 
 
 def what_is_missing(incomplete: Incomplete | None) -> list[str]:
-    """Return the lines that say that the table is not all that was planned, and name what is missing."""
+    """Return the lines that say that the table is incomplete, and that name the missing tests."""
     if incomplete is None:
         return []
     return [f"INCOMPLETE: {incomplete}:", *(f"  {nodeid}" for nodeid in incomplete.not_measured)]
@@ -204,7 +204,7 @@ def _rows(candidate: str, group: Sequence[GateResult]) -> list[list[str]]:
 
 
 def _interval_rows(candidate: str, group: Sequence[GateResult]) -> list[list[str]]:
-    """Return a row for each test, as each may have gone on to another number of windows."""
+    """Return a row for each test, because tests may have used different numbers of windows."""
     rows = [[f"{result.windows:,}", *_interval_cells(result)] for result in group if result.intervals]
     return [[candidate, *row] for index, row in enumerate(rows) if row not in rows[:index]]
 

@@ -1,4 +1,4 @@
-"""What the HTML report shows, drawn from the results: names, order, groups. Knows no HTML."""
+"""The content of the HTML report, arranged from the results: names, order, groups. Contains no HTML."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _VERDICTS = {
     "expected": ("xfail", "✗", "failed as expected"),
     "passed": ("pass", "✓", "passed"),
 }
-"""Word, sign, and what the headline says, from the worst to the best."""
+"""Word, sign and text for the headline, from the worst to the best."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +32,8 @@ class Candidate:
 
     Attributes:
         index: its rank among the candidates, from 0; picks its colour and dash.
-        name: how the user named it, with its axes.
-        short: the end of the name, as far as it tells candidates apart.
+        name: the user's name for it, with its axes.
+        short: the end of the name if that distinguishes the candidates, else the whole name.
         results: its tests.
         measured: the first result with figures; None if there is none.
 
@@ -47,7 +47,7 @@ class Candidate:
 
     @property
     def verdict(self) -> tuple[str, str, str]:
-        """Return outcome (`expected`: an expected failure), word and sign of the test that decides."""
+        """Return outcome (`expected`: an expected failure), word and sign of the decisive test."""
         result = worst(self.results)
         outcome = "expected" if result.xfail and result.outcome == "failed" else result.outcome
         word, sign, _ = _VERDICTS[outcome]
@@ -55,27 +55,27 @@ class Candidate:
 
     @property
     def colour(self) -> int:
-        """Return which of the colours it has."""
+        """Return the number of its colour."""
         return self.index % COLOURS
 
     @property
     def dash(self) -> int:
-        """Return which of the dashes it has: with the colour, 32 ways to draw a line."""
+        """Return the number of its dash pattern. Colours and dashes give 32 distinct lines."""
         return (self.index + self.index // COLOURS) % _DASHES
 
     @property
     def figures(self) -> dict[str, Any]:
-        """Return every figure, or none if not measured."""
+        """Return every figure; empty if not measured."""
         return (self.measured and self.measured.figures) or {}
 
     @property
     def about(self) -> dict[str, Any]:
-        """Return what was compared and how, or nothing."""
+        """Return what was compared and how; empty if not measured."""
         return (self.measured and self.measured.about) or {}
 
     @property
     def diagnosis(self) -> dict[str, Any]:
-        """Return where it departs from the reference, or nothing."""
+        """Return where it departs from the reference; empty if not measured."""
         return (self.measured and self.measured.diagnosis) or {}
 
     @property
@@ -85,19 +85,19 @@ class Candidate:
 
     @property
     def datasets(self) -> dict[str, dict[str, Any]]:
-        """Return the figures of each dataset where there are several."""
+        """Return the figures of each dataset if there are several; else empty."""
         datasets = self.measured.datasets if self.measured else {}
         return datasets if len(datasets) > 1 else {}
 
     @property
     def profile(self) -> dict[str, Any]:
-        """Return what its charts are drawn from, or nothing."""
+        """Return the data for its charts; empty if there is none."""
         return (self.measured and self.measured.profile) or {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One candidate's figure against its bound. `low` and `high` are None where there is no interval."""
+    """One candidate's figure and its bound. `low` and `high` are None if there is no interval."""
 
     candidate: Candidate
     nodeid: str
@@ -128,8 +128,8 @@ class Matrix:
 
     Attributes:
         axes: the names of the axes.
-        columns: their values.
-        cells: by model and column.
+        columns: the values of the axes.
+        cells: the means by model and column.
 
     """
 
@@ -168,12 +168,12 @@ class Report:
 
     @property
     def about(self) -> dict[str, Any]:
-        """Return what the first measured candidate knows of the comparison; empty if none was measured."""
+        """Return the first measured candidate's description of the comparison; empty if none was measured."""
         return next((candidate.about for candidate in self.measured), {})
 
     @property
     def headline(self) -> str:
-        """Say in a few words how it went."""
+        """Summarise the outcome in a few words."""
         outcomes = [candidate.verdict[0] for candidate in self.candidates]
         if not outcomes:
             return "Nothing was gated"
@@ -184,13 +184,13 @@ class Report:
 
     @property
     def outcome(self) -> str:
-        """Return the worst outcome, `none` if nothing was gated."""
+        """Return the worst outcome; `none` if nothing was gated."""
         outcomes = {candidate.verdict[0] for candidate in self.candidates}
         return next((outcome for outcome in _VERDICTS if outcome in outcomes), "none")
 
     @property
     def notes(self) -> list[str]:
-        """Return what a reader should know about how the figures came about, each once."""
+        """Return what a reader should know about how the figures were obtained, each note once."""
         results = [result for candidate in self.candidates for result in candidate.results]
         return list(dict.fromkeys(note for result in results for note in result.notes))
 
@@ -200,7 +200,7 @@ class Report:
         return list(dict.fromkeys(name for candidate in self.measured for name in candidate.figures))
 
     def histogram_rows(self) -> list[tuple[float, float, list[int]]]:
-        """Return lower, upper and each measured candidate's count of every bin that is not empty."""
+        """Return, for every bin that is not empty, its bounds and the count of each measured candidate."""
         counts: dict[tuple[float, float], dict[int, int]] = {}
         for candidate in self.measured:
             for lower, upper, count in candidate.profile.get("histogram", ()):
@@ -211,7 +211,7 @@ class Report:
         ]
 
     def chart_data(self) -> dict[str, Any]:
-        """Return what the charts are drawn from, as plain data."""
+        """Return the data for the charts, as plain data."""
         quantile_of = {limit.name: limit.figure for limit in LIMITS.values() if limit.figure in QUANTILES}
         return {
             "candidates": [
@@ -268,7 +268,7 @@ def view(results: Sequence[GateResult]) -> Report:
 
 
 def short_names(names: Iterable[str]) -> list[str]:
-    """Return the last part of each path or hub id, or the whole of each where those are not all different."""
+    """Return the last part of each path or hub id, or the whole names if the last parts are not all different."""
     names = list(names)
     ends = [name.rstrip("/").rpartition("/")[2] or name for name in names]
     return ends if len(set(ends)) == len(names) else names
@@ -307,7 +307,7 @@ def _limits(candidates: Sequence[Candidate]) -> list[LimitGroup]:
 
 
 def _matrix(results: Sequence[GateResult]) -> Matrix | None:
-    """Arrange candidates that differ in their axes; None if none has any."""
+    """Arrange candidates by their axes; None if no candidate has axes."""
     means: dict[str, dict[str, float]] = {}
     for result in results:
         if result.candidate.axes:
@@ -335,7 +335,7 @@ def _matrix(results: Sequence[GateResult]) -> Matrix | None:
 
 
 def _heat(means: Sequence[float]) -> dict[float, float]:
-    """Place each mean between the smallest and the greatest, on a log scale; 0 and infinity are at the ends."""
+    """Place each mean between the smallest and the greatest on a log scale; 0 and infinity are at the ends."""
     logs = [math.log(mean) for mean in means if 0 < mean < math.inf]
     low, width = min(logs, default=0.0), (max(logs, default=0.0) - min(logs, default=0.0)) or 1.0
     return {

@@ -1,1 +1,1 @@
-"""What is measured: models, and what identifies their bits."""
+"""What is measured: models, and the identity of their contents."""

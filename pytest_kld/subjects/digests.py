@@ -1,4 +1,4 @@
-"""The digest of one file of a model: of every byte, or of a sample of a large one; remembered between sessions."""
+"""Digests of model files: of every byte, or of a sample if the file is large; remembered between sessions."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 
 Hash = Literal["sample", "full"]
 SMALL_BYTES = 64 << 20
-"""Files up to this size are read whole in either mode: configs, tokenizers, indices, code, small weights."""
+"""Files up to this size are read completely in both modes: configs, tokenizers, indices, code, small weights."""
 SAFETENSORS_HEADER_BYTES = 16 << 20
-"""At most so much of a safetensors header is read, whatever length it claims."""
+"""The most that is read of a safetensors header, regardless of the length it claims."""
 OTHER_HEAD_BYTES = 8 << 20
-"""What is read from the start of a large file of another format."""
+"""The number of bytes read from the start of a large file of another format."""
 TENSOR_BYTES = 4 << 10
-"""What is read of each tensor: all of a small one (scales, norms), the middle of others."""
+"""The most that is read of each tensor: all of a small one (scales, norms), the middle of a larger one."""
 MOST_TENSORS = 4096
-"""Tensors of a file that are sampled; of more than these, a fixed pseudo-random choice."""
+"""The most tensors of a file that are sampled; if it has more, a fixed pseudo-random choice of them."""
 BLOCK_BYTES, BLOCKS = 16 << 10, 128
-"""Size and number of the blocks that are spread evenly over a large file, from its first byte to its last."""
+"""Size and number of the blocks sampled at even distances over a large file, from its first byte to its last."""
 SAMPLED_BYTES = SAFETENSORS_HEADER_BYTES + MOST_TENSORS * TENSOR_BYTES + BLOCKS * BLOCK_BYTES
-"""The most that is read of a large file in mode `sample`, 34 MiB; shards of real models take 3 to 8 MiB."""
+"""The most that is read of a large file in mode `sample`: 34 MiB. For shards of real models it is 3 to 8 MiB."""
 
 MEMO = "file-digests-1.json"
-"""The memo's name in the cache directory. Its number changes with what is sampled."""
+"""The memo's name in the cache directory. Its number changes when the sampling changes."""
 _RACY_NS = 60 * 10**9
-"""A file that changed this recently is not remembered: it may change again without a visible change of its times."""
+"""A file that changed this recently is not remembered: it could change again with the same times."""
 _REMEMBERED = 10_000
 _TOLD_BYTES = 10 * 10**9
 _CHUNK_BYTES = 1 << 20
@@ -50,13 +50,13 @@ _Status = list[int]
 
 @dataclass(slots=True)
 class FileDigests:
-    """Digests files, and remembers what it digested.
+    """Computes digests of files, and remembers them.
 
     Attributes:
         kind: `sample` reads at most `SAMPLED_BYTES` of a file above `SMALL_BYTES`; `full` reads every byte.
-        memo: JSON file in which digests are remembered; None remembers nothing.
-        fresh: do not use what is remembered.
-        note: told of reads that take long.
+        memo: JSON file that stores the digests; None stores nothing.
+        fresh: ignore the stored digests.
+        note: receives a message before long reads.
 
     """
 
@@ -66,10 +66,10 @@ class FileDigests:
     note: Callable[[str], None] = field(default=lambda _: None)
 
     def of(self, paths: Sequence[Path]) -> list[str]:
-        """Return the SHA-256 of each file, in hexadecimal, reading only those that are not remembered.
+        """Return the SHA-256 of each file, in hexadecimal. Only files whose digest is not stored are read.
 
         Raises:
-            ModelError: a file cannot be read, or changes while it is read.
+            ModelError: a file cannot be read, or changes while it is being read.
 
         """
         known = {} if self.fresh else self._remembered()
@@ -94,10 +94,10 @@ class FileDigests:
         return "full" if self.kind == "full" or status[0] <= SMALL_BYTES else "sample"
 
     def _digest(self, work: Sequence[tuple[Path, Hash]]) -> list[tuple[str, _Status, bool]]:
-        from concurrent.futures import ThreadPoolExecutor  # not needed where the plugin is only loaded
+        from concurrent.futures import ThreadPoolExecutor  # not needed when the plugin is only loaded
 
         stop = threading.Event()
-        pool = ThreadPoolExecutor(_THREADS)  # disks behind a network answer many reads at once
+        pool = ThreadPoolExecutor(_THREADS)  # network storage serves many reads at once
         try:
             return list(pool.map(lambda item: _digest_file(item[0], item[1], stop), work))
         finally:
@@ -105,8 +105,8 @@ class FileDigests:
             pool.shutdown(cancel_futures=True)
 
     def _remembered(self) -> dict[str, Any]:
-        """Return the memo's entries by path; none if it is not there or damaged."""
-        if self.memo is None or os.name != "posix":  # elsewhere ctime is the time of creation
+        """Return the memo's entries by path; none if the memo is missing or damaged."""
+        if self.memo is None or os.name != "posix":  # on other systems ctime is the creation time
             return {}
         try:
             memo = json.loads(self.memo.read_bytes())
@@ -117,14 +117,14 @@ class FileDigests:
     def _remember(self, fresh: dict[str, dict[str, Any]]) -> None:
         if self.memo is None or not fresh:
             return
-        # Another process may write its own between reading and renaming: then its files are read again some day.
+        # Another process may write its memo between our read and our rename: its files are then read again later.
         memo = self._remembered()
         for path, entry in fresh.items():
             old = memo.pop(path, None)
             same = isinstance(old, dict) and old.get("status") == entry["status"]
             memo[path] = {**old, **entry} if same else entry
         kept = dict(list(memo.items())[-_REMEMBERED:])
-        with suppress(CacheError, ValueError):  # without a memo the files are read again, no more
+        with suppress(CacheError, ValueError):  # without a memo the files are only read again
             write_atomically(self.memo, json.dumps(kept).encode())
 
 
@@ -138,14 +138,14 @@ def _lookup(known: dict[str, Any], path: str, status: _Status, method: Hash) -> 
 
 def _status(path: Path | int) -> _Status:
     try:
-        known = os.stat(path)  # noqa: PTH116 - of a path or of an open file
+        known = os.stat(path)  # noqa: PTH116 - takes a path or an open file
     except OSError as error:
         raise ModelError(f"cannot read the model file {path}: {error.strerror or error}") from error
     return [known.st_size, known.st_mtime_ns, known.st_ctime_ns, known.st_ino, known.st_dev]
 
 
 def _digest_file(path: Path, method: Hash, stop: threading.Event) -> tuple[str, _Status, bool]:
-    """Return a file's digest, its status, and whether a later change would be seen in its status."""
+    """Return a file's digest, its status, and whether the status would show a later change."""
     for _ in range(_TRIES):
         began = time.time_ns()
         try:
@@ -157,7 +157,7 @@ def _digest_file(path: Path, method: Hash, stop: threading.Event) -> tuple[str, 
             raise ModelError(f"cannot read the model file {path}: {error.strerror or error}") from error
         if before == after == _status(path):
             return digest, after, max(after[1], after[2]) < began - _RACY_NS
-    raise ModelError(f"the model file {path} changes while it is read: wait until it is complete, then run again")
+    raise ModelError(f"the model file {path} changed while it was read: wait until it is complete, then run again")
 
 
 def _full(file: int, stop: threading.Event) -> str:
@@ -168,7 +168,7 @@ def _full(file: int, stop: threading.Event) -> str:
 
 
 def _sampled(file: int, size: int) -> str:
-    """Return the digest of a file's size, header, and spans spread over its tensors and over the whole of it."""
+    """Return the digest of a file's size, its header, and samples of its tensors and of the whole file."""
     head = _head(file, size)
     hashed = hashlib.sha256(f"{size} {len(head)} ".encode() + head)
     step = (size - BLOCK_BYTES) / (BLOCKS - 1)
@@ -181,14 +181,15 @@ def _sampled(file: int, size: int) -> str:
 def _head(file: int, size: int) -> bytes:
     start = _read(file, 0, 9)
     is_safetensors = start[8:] == b"{"
-    claimed = 8 + int.from_bytes(start[:8], "little")  # may be a lie
+    claimed = 8 + int.from_bytes(start[:8], "little")  # may be false
     return _read(file, 0, min(size, claimed, SAFETENSORS_HEADER_BYTES) if is_safetensors else OTHER_HEAD_BYTES)
 
 
 def _tensor_spans(head: bytes, size: int) -> list[tuple[int, int]]:
-    """Return offset and length of what is read of each tensor; none if this is no header, or a damaged one.
+    """Return offset and length of each tensor's sample; none if this is not a header, or a damaged one.
 
-    A tensor of its own may be all that changed: scales of another calibration, one layer of a repaired checkpoint.
+    Each tensor is sampled, because a single one may be all that changed: the scales of another calibration, one layer
+    of a repaired checkpoint.
     """
     start = 8 + int.from_bytes(head[:8], "little")
     if start > len(head):
@@ -214,7 +215,7 @@ def _tensor_spans(head: bytes, size: int) -> list[tuple[int, int]]:
 
 
 def _read(file: int, offset: int, length: int) -> bytes:
-    """Return the bytes of a span, fewer only at the end of the file."""
+    """Return the bytes of a span; fewer only at the end of the file."""
     parts, left = [], length
     while left and (part := os.pread(file, left, offset + length - left)):
         parts.append(part)

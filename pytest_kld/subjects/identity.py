@@ -1,4 +1,4 @@
-"""What identifies a local model: the contents of every file that can reach an engine, wherever the model lies."""
+"""The identity of a local model: the contents of every file that an engine may read, wherever the model is."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from pytest_kld.subjects.digests import FileDigests
 
 INDEX_SUFFIX = ".index.json"
-"""How the names of files end that say which shard holds which tensor."""
+"""The suffix of files that list which shard contains which tensor."""
 _NOT_READ = {".md", ".gif", ".jpeg", ".jpg", ".pdf", ".png", ".svg", ".webp"}
-"""Suffixes of what documents a model; no engine reads it."""
+"""Suffixes of a model's documentation, which no engine reads."""
 _MOST_ENTRIES = 100_000
-"""Files and folders from which on a directory is no model, but perhaps has a link to a whole disk."""
+"""With more files and folders than this, a directory is not a model; it may contain a link to a whole disk."""
 _MOST_INDEX_BYTES = 1 << 30
 
 
 def digest_of_directory(root: Path, digests: FileDigests) -> str:
-    """Return the SHA-256 of names and contents of a model's files, in hexadecimal: the same for a copy elsewhere.
+    """Return the SHA-256 of the names and contents of a model's files, in hexadecimal. A copy elsewhere has the same.
 
     Raises:
-        ModelError: a link leads nowhere, or a file cannot be read.
+        ModelError: a link is broken, or a file cannot be read.
 
     """
     files = model_files(root)
@@ -37,13 +37,13 @@ def digest_of_directory(root: Path, digests: FileDigests) -> str:
 
 
 def model_files(root: Path) -> dict[str, Path]:
-    """Return the files that can reach an engine, by the names under which it finds them.
+    """Return the files that an engine may read, by the names under which it finds them.
 
-    These are all files in the directory and behind links to folders, but for hidden ones and documentation; and
-    all shards that an index names, wherever they are.
+    These are all files in the directory and in linked folders, except hidden files and documentation; and all shards
+    that an index names, regardless of their location.
 
     Raises:
-        ModelError: a link leads nowhere, a folder cannot be read, or there are too many files for a model.
+        ModelError: a link is broken, a folder cannot be read, or there are too many files for a model.
 
     """
     files = dict(sorted(_walk(root)))
@@ -60,7 +60,7 @@ def model_files(root: Path) -> dict[str, Path]:
 
 
 def _walk(root: Path) -> Iterator[tuple[str, Path]]:
-    """Yield name and path of the files in a directory, following links, but not around in a circle."""
+    """Yield name and path of the files in a directory. Links are followed, except those that form a cycle."""
     entries = 0
     pending = [(root, "", frozenset({_inode(root)}))]
     while pending:
@@ -71,8 +71,8 @@ def _walk(root: Path) -> Iterator[tuple[str, Path]]:
             raise ModelError(f"cannot read the folder {folder}: {error.strerror or error}") from error
         if (entries := entries + len(paths)) > _MOST_ENTRIES:
             raise ModelError(
-                f"{root} holds more than {_MOST_ENTRIES:,} files and folders, too many for a model. Look for a link "
-                "in it to a large folder."
+                f"{root} contains more than {_MOST_ENTRIES:,} files and folders, too many for a model. Check it for a "
+                "link to a large folder."
             )
         for path in paths:
             name = path.name
@@ -88,10 +88,10 @@ def _walk(root: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _status(path: Path) -> os.stat_result:
-    """Return the status of what a path leads to.
+    """Return the status of a path's target.
 
     Raises:
-        ModelError: it leads nowhere; a link is named with its target.
+        ModelError: the target cannot be read; if the path is a link, the message names its target.
 
     """
     try:
@@ -111,15 +111,15 @@ def _inode(path: Path) -> tuple[int, int]:
 
 
 def _is_regular_file(path: Path) -> bool:
-    """Tell whether a shard is there; one that is not may be of an index that is not used."""
+    """Tell whether a shard exists. A missing one may belong to an unused index."""
     try:
         return path.is_file() or (path.is_symlink() and stat.S_ISREG(_status(path).st_mode))
-    except (OSError, ValueError):  # no name that a file can have
+    except (OSError, ValueError):  # not a valid file name
         return False
 
 
 def _shards(index: Path) -> set[str]:
-    """Return the files that an index names; none if it cannot be understood, which is for the loader to say."""
+    """Return the files that an index names; none if it cannot be parsed, which the loader will report."""
     if index.stat().st_size > _MOST_INDEX_BYTES:
         raise ModelError(f"{index} is too large for an index of shards: {index.stat().st_size / 1e9:.1f} GB")
     try:

@@ -1,4 +1,4 @@
-"""Which model: a local directory, or a hub id with an optional revision, and what identifies its bits."""
+"""A model: a local directory, or a hub id with an optional revision, and what identifies its contents."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pytest_kld.subjects.digests import FileDigests
 
 CAPTURE_FILES = ("capture.json", "0.safetensors")
-"""What captures begin with: the manifest, or the first window of the original layout."""
+"""The first file of a capture: the manifest, or the first window in the original layout."""
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
@@ -26,7 +26,7 @@ class ModelSpec:
 
     Attributes:
         name: what the user wrote, without the revision; shown in reports.
-        path: its directory, when it is local.
+        path: its directory if it is local.
         revision: branch, tag or commit on the hub; None means the default branch.
 
     """
@@ -37,15 +37,15 @@ class ModelSpec:
 
     @classmethod
     def parse(cls, text: str, base: Path) -> ModelSpec:
-        """Read `DIRECTORY`, `ORG/NAME` or `ORG/NAME@REVISION`; a directory, where there is one, wins.
+        """Parse `DIRECTORY`, `ORG/NAME` or `ORG/NAME@REVISION`. If the directory exists, it takes precedence.
 
         Args:
-            text: the user's word.
+            text: the user's input.
             base: the directory that a relative path starts from.
 
         Raises:
-            ValueError: neither a directory with a model or a capture, nor the form of a hub id; or a directory that
-                could be both; or no name that a file can have.
+            ValueError: the text is neither a directory with a model or a capture, nor a well-formed hub id; or the
+                directory could be both a model and a capture; or the text is not a valid file name.
 
         """
         try:
@@ -56,25 +56,26 @@ class ModelSpec:
             raise ValueError(f"{_shown(text)} is not valid UTF-8: rename it") from None
         except (OSError, ValueError, RuntimeError) as error:  # too long, NUL bytes, the home of an unknown user
             reason = getattr(error, "strerror", None) or error
-            raise ValueError(f"{_shown(text)} can name neither a directory nor a hub id: {reason}") from None
+            raise ValueError(f"{_shown(text)} can be neither a directory nor a hub id: {reason}") from None
         if is_directory:
             _require_one_kind(path)
             return cls(name=text, path=path)
         name, _, revision = text.partition("@")
         if not _HUB_ID.fullmatch(name) or ("@" in text and not revision):
             raise ValueError(
-                f"{_shown(text)}: there is no directory {_shown(str(path))}, and it is no hub id (ORG/NAME[@REVISION])"
+                f"{_shown(text)}: there is no directory {_shown(str(path))}, and it is not a hub id "
+                "(ORG/NAME[@REVISION])"
             )
         return cls(name=name, revision=revision or None)
 
     @property
     def label(self) -> str:
-        """Return the name for reports, with the revision where one was given."""
+        """Return the name for reports, with the revision if one was given."""
         return f"{self.name}@{self.revision}" if self.revision else self.name
 
     @property
     def source(self) -> str:
-        """Return what `from_pretrained` takes."""
+        """Return the argument for `from_pretrained`."""
         return str(self.path) if self.path else self.name
 
     def to_json(self) -> dict[str, Any]:
@@ -83,17 +84,17 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelSpec:
-        """Read what `to_json` gave."""
+        """Create a ModelSpec from the output of `to_json`."""
         return cls(name=data["name"], path=data["path"] and Path(data["path"]), revision=data["revision"])
 
     def pin(self, file: str = "config.json") -> ModelSpec:
-        """Resolve a hub id to its commit, so that what is loaded is what is keyed.
+        """Resolve a hub id to its commit, so that the loaded model is the one in the cache key.
 
         Args:
-            file: a file that the repository is known to have.
+            file: a file that exists in the repository.
 
         Raises:
-            ModelError: the model is not there, or the hub cannot be reached and has left nothing in its cache.
+            ModelError: the model does not exist, or the hub cannot be reached and the model is not in its local cache.
 
         """
         if self.path:
@@ -105,31 +106,32 @@ class ModelSpec:
             config = Path(hf_hub_download(self.name, file, revision=self.revision))
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
             raise ModelError(
-                f"cannot find the model {self.label}: {_first_line(error)} It is no local directory either. Check the "
-                "name and revision; for a private model log in with `hf auth login`; offline, fill the hub's cache "
+                f"cannot find the model {self.label}: {_first_line(error)} It is not a local directory either. Check "
+                "the name and revision; for a private model log in with `hf auth login`; offline, fill the hub's cache "
                 "first (`hf download`) or name a local directory."
             ) from error
         commit = config.parents[len(Path(file).parts) - 1].name  # …/snapshots/<commit>/config.json
         return ModelSpec(name=self.name, revision=commit)
 
     def identity(self, digests: FileDigests, *, trust_remote_code: bool = False) -> dict[str, Any]:
-        """Return what determines the model's bits, as JSON for the cache key. Wants a pinned spec.
+        """Return what determines the model's contents, as JSON for the cache key. The spec must be pinned.
 
-        A hub model is its id and commit; a local one the contents of its files, and how much of them was read. With
-        it goes what it takes from elsewhere: an adapter's base model, and code from another repository.
+        A hub model is identified by its id and commit, a local one by the contents of its files and how much of them
+        was read. The identity includes what the model loads from elsewhere: an adapter's base model, and code from
+        another repository.
 
         Args:
-            digests: reads files, or remembers them.
+            digests: computes or remembers the digests of files.
             trust_remote_code: whether code from another repository may run.
 
         Raises:
-            ModelError: a file cannot be read, or a link leads nowhere.
+            ModelError: a file cannot be read, or a link is broken.
 
         """
         return self._identity(digests, trust_remote_code, frozenset())
 
     def _identity(self, digests: FileDigests, trust_remote_code: bool, above: frozenset[ModelSpec]) -> dict[str, Any]:
-        from pytest_kld.subjects.identity import digest_of_directory  # not needed where the plugin is only loaded
+        from pytest_kld.subjects.identity import digest_of_directory  # not needed when the plugin is only loaded
 
         own: dict[str, Any] = {"hub": self.name, "commit": self.revision}
         if self.path:
@@ -147,7 +149,7 @@ class ModelSpec:
         return ModelSpec(name="" if self.path else self.name, path=self.path, revision=self.revision)
 
     def _taken_from_elsewhere(self, trust_remote_code: bool) -> dict[str, ModelSpec]:
-        """Return what other models an engine reads when it loads this one, by what it reads of them."""
+        """Return the other models that an engine reads when it loads this one, by the part that it reads."""
         found = {}
         adapter = self._read_json("adapter_config.json")
         if isinstance(base := adapter.get("base_model_name_or_path"), str):
@@ -161,17 +163,17 @@ class ModelSpec:
         return found
 
     def _read_json(self, name: str) -> dict[str, Any]:
-        """Return a JSON file of the model; nothing if it is not there or damaged, which is for the loader to say."""
+        """Return a JSON file of the model; empty if it is missing or damaged, which the loader will report."""
         try:
             if self.path:
                 file = self.path / name
-            elif self.revision is None:  # it could not be pinned, so there is nothing to read
+            elif self.revision is None:  # not pinned, so there is nothing to read
                 return {}
             else:
                 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
                 cached = try_to_load_from_cache(self.name, name, revision=self.revision)
-                if cached is not None and not isinstance(cached, str):  # the hub said before that there is none
+                if cached is not None and not isinstance(cached, str):  # the cache knows that the hub has no such file
                     return {}
                 file = Path(cached or hf_hub_download(self.name, name, revision=self.revision))
             value = json.loads(file.read_bytes())
@@ -186,10 +188,10 @@ def is_capture(path: Path | None) -> bool:
 
 
 def _require_one_kind(path: Path) -> None:
-    """Refuse a directory that is neither model nor capture, or could be both.
+    """Reject a directory that is neither a model nor a capture, or could be both.
 
     Raises:
-        ValueError: names what is there.
+        ValueError: the message says what the directory contains.
 
     """
     is_model = (path / "config.json").is_file()
@@ -198,15 +200,15 @@ def _require_one_kind(path: Path) -> None:
     if is_model and is_capture(path):
         both = next(name for name in CAPTURE_FILES if (path / name).is_file())
         raise ValueError(
-            f"{path} could be a model or a capture: it holds config.json and {both}. Move the capture (capture.json, "
-            "*.safetensors with numbers for names, windows/) to a directory of its own, or the model; if "
-            f"{both} is a part of the model, rename it."
+            f"{path} could be a model or a capture: it contains config.json and {both}. Move the capture "
+            "(capture.json, *.safetensors with numbers for names, windows/) or the model to a directory of its own. If "
+            f"{both} is part of the model, rename it."
         )
 
 
 def _named(name: str, revision: str | None, file: str) -> ModelSpec:
-    """Return the model that a config names, as its loader finds it; pinned if that can be done."""
-    if os.path.isdir(name):  # noqa: PTH112 - any text may stand there
+    """Return the model that a config names, as its loader finds it; pinned if possible."""
+    if os.path.isdir(name):  # noqa: PTH112 - the name may be any text
         return ModelSpec(name=name, path=Path(name).resolve())
     model = ModelSpec(name=name, revision=revision)
     try:
@@ -216,7 +218,7 @@ def _named(name: str, revision: str | None, file: str) -> ModelSpec:
 
 
 def _shown(text: str) -> str:
-    """Return a text as a message shows it: escaped, and cut if it is very long."""
+    """Return a text for a message: escaped, and shortened if it is very long."""
     return repr(text if len(text) <= 300 else f"{text[:100]}…{text[-100:]}")
 
 

@@ -1,4 +1,4 @@
-"""The Subject: what is run. It is what is captured, what a cache key is made of, and what a row of a report shows."""
+"""The Subject: what is run and captured. Cache keys are made from it, and each row of a report shows one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pytest_kld.plain import secret_digest
 from pytest_kld.subjects.model import ModelSpec
 
 EnginePath = Literal["prefill"]
-"""The way through an engine that is measured."""
+"""The path through an engine that is measured."""
 MOE_BACKEND = "moe backend"
 """The axis that `--kld-moe-backend` and the fixture `kld_moe_backend` set."""
 
@@ -21,16 +21,16 @@ class Subject:
     """One model, as one engine runs it. The reference is a Subject, and so is each candidate.
 
     Attributes:
-        name: what reports call it, without its axes; usually the model as the user named it.
-        model: the model; None if a fixture of the project's own makes the capture.
+        name: its name in reports, without its axes; usually the model as the user named it.
+        model: the model; None if a fixture of the user's project makes the capture.
         engine: `sglang`, `transformers`, …; empty if `model` is a capture or None.
         arguments: the engine's own arguments: keyword arguments of `from_pretrained` (`transformers`), or the flags
             `args` of a server or the `url` of a running one (served engines).
-        environment: environment variables of its server, beyond those that it inherits.
-        path: the way through the engine.
-        axes: what tells Subjects of one model apart, by name, in order: `{"moe backend": "triton"}`.
-        limits: bounds of its own, by limit; they win over command line and ini file.
-        tags: words to select it by.
+        environment: environment variables of its server, in addition to the inherited ones.
+        path: the path through the engine.
+        axes: the values that distinguish Subjects of one model, by name, in order: `{"moe backend": "triton"}`.
+        limits: its own bounds, by limit; they override the command line and the ini file.
+        tags: words by which it can be selected.
 
     """
 
@@ -56,16 +56,16 @@ class Subject:
 
     @property
     def spec(self) -> ModelSpec:
-        """Return the model of a Subject that has one."""
+        """Return the model; the Subject must have one."""
         assert self.model is not None, f"{self.name} has no model"
         return self.model
 
     def pin(self) -> Subject:
-        """Return the Subject with its model resolved to a commit. See `ModelSpec.pin`."""
+        """Return a Subject whose model is resolved to a commit. See `ModelSpec.pin`."""
         return replace(self, model=self.spec.pin())
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data. Arguments that JSON lacks are described; values of secret variables are digests."""
+        """Return plain data. Arguments that JSON lacks become descriptions, and values of secret variables digests."""
         return {
             "name": self.name,
             "model": None if self.model is None else self.model.to_json(),
@@ -80,7 +80,7 @@ class Subject:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Subject:
-        """Read what `to_json` gave."""
+        """Create a Subject from the output of `to_json`."""
         model = data["model"]
         return cls(
             **{**data, "model": None if model is None else ModelSpec.from_json(model), "tags": tuple(data["tags"])}
@@ -88,7 +88,7 @@ class Subject:
 
 
 def as_json(value: Any) -> Any:
-    """Return plain data that tells arguments of `from_pretrained` apart, configuration objects included."""
+    """Return plain data that distinguishes arguments of `from_pretrained`, including configuration objects."""
     if isinstance(value, str | int | float | bool) or value is None:
         return value
     if isinstance(value, Mapping):

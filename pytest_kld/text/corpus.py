@@ -1,4 +1,4 @@
-"""Text: where it comes from and what identifies it."""
+"""The text to measure on: how it is loaded and what identifies it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HALF = re.compile("[\ud800-\udfff]")
 BUILT_IN = ("wikitext-2", "python-docs")
 CORPUS_FILES = (".txt", ".jsonl", ".parquet")
 _ENCODING = "utf-8-sig"
-"""UTF-8; a byte-order mark at the beginning of a file is no part of its text."""
+"""UTF-8; a byte-order mark at the start of a file is not part of its text."""
 _WAYS_OUT = (
     f"Give --kld-dataset one of {', '.join(BUILT_IN)}, a .txt, .jsonl or .parquet file, or hf:NAME[:CONFIG][:SPLIT]."
 )
@@ -31,8 +31,8 @@ _WAYS_OUT = (
 class Corpus:
     """A text and its name.
 
-    Documents are joined with two newlines, as is usual for WikiText; conversations with nothing, as a chat template
-    ends its last message itself.
+    Documents are joined with two newlines, as is usual for WikiText. Conversations are joined without a separator,
+    because a chat template ends its last message itself.
     """
 
     name: str
@@ -51,12 +51,13 @@ def load_corpus(dataset: str, base: Path, render: Render | None = None) -> Corpu
         dataset: `wikitext-2` (raw, test split), `python-docs` (the language reference that comes with the
             interpreter), a file ending in .txt, .jsonl or .parquet (with a `text` field), or
             `hf:NAME[:CONFIG][:SPLIT]` (split `test` by default, a `text` field). The rows of a .jsonl file may have
-            `messages` in place of `text`, all of them or none.
+            `messages` instead of `text`: all rows or none.
         base: the directory that a relative path starts from.
         render: turns `messages` into text.
 
     Raises:
-        CorpusError: unknown, unreadable, without a text field, or empty; or a conversation cannot be rendered.
+        CorpusError: the dataset is unknown, unreadable, empty, or without a text field; or a conversation cannot be
+            rendered.
 
     """
     separator = "\n\n"
@@ -74,7 +75,8 @@ def load_corpus(dataset: str, base: Path, render: Render | None = None) -> Corpu
     text = separator.join(documents)
     if (half := _HALF.search(text)) is not None:
         raise CorpusError(
-            f"the dataset {dataset}: its text holds {half[0]!r}, half of a surrogate pair and no character; repair it"
+            f"the text of the dataset {dataset} contains {half[0]!r}, which is half of a surrogate pair and not a "
+            "character; repair it"
         )
     if not text.strip():
         raise CorpusError(f"the dataset {dataset} is empty: there is no text to measure on. {_WAYS_OUT}")
@@ -100,10 +102,10 @@ def _hub_dataset(name: str, config: str | None, split: str) -> list[str]:
 
     try:
         rows = datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # whatever a hub, a network or a loading script can raise
+    except Exception as error:  # a hub, a network or a loading script can raise anything
         raise CorpusError(
             f"cannot load the dataset {name} (config {config}, split {split}): {error}. {_WAYS_OUT} "
-            "Offline, python-docs and files need no hub."
+            "Offline, use python-docs or a file: they do not need the hub."
         ) from error
     if "text" not in rows.column_names:
         raise CorpusError(f"the dataset {name} has no field `text`, only {', '.join(rows.column_names)}")
@@ -112,11 +114,13 @@ def _hub_dataset(name: str, config: str | None, split: str) -> list[str]:
 
 def _rendered(messages: list[Any], render: Render | None, dataset: str) -> str:
     if render is None:
-        raise CorpusError(f"the dataset {dataset} holds conversations, and there is no tokenizer to render them")
+        raise CorpusError(f"the dataset {dataset} contains conversations, but there is no tokenizer to render them")
     try:
         return render(messages)
-    except Exception as error:  # a template raises what its author thought of, for messages that it does not take
-        raise CorpusError(f"the dataset {dataset}: the chat template does not take a conversation: {error}") from error
+    except Exception as error:  # a template rejects messages with an error of its author's choice
+        raise CorpusError(
+            f"the dataset {dataset}: cannot render a conversation with the chat template: {error}"
+        ) from error
 
 
 def _file(path: Path, dataset: str) -> Rows:
@@ -140,26 +144,26 @@ def _read_txt(path: Path) -> list[str]:
 def _read_jsonl(path: Path) -> Rows:
     documents: list[str] = []
     conversations: list[list[Any]] = []
-    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for ends of lines.
+    # Not splitlines(): JSON strings may contain U+2028 and other characters that it treats as line ends.
     for number, line in enumerate(path.read_text(encoding=_ENCODING).split("\n"), 1):
         if not line.strip():
             continue
         try:
             row: Any = json.loads(line)
-            if "\\ud" in line.lower():  # what JSON escapes may be half of a pair, which no tokenizer takes
+            if "\\ud" in line.lower():  # an escape may be half of a surrogate pair, which no tokenizer accepts
                 json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = f"\\u{ord(error.object[error.start]):04x}"
             raise CorpusError(
-                f"{path}, line {number}: {half} is half of a surrogate pair and no character; repair the file"
+                f"{path}, line {number}: {half} is half of a surrogate pair and not a character; repair the file"
             ) from error
         except ValueError as error:
-            raise CorpusError(f"{path}, line {number}: this is no JSON: {error}") from error
+            raise CorpusError(f"{path}, line {number}: cannot be read as JSON: {error}") from error
         except RecursionError as error:
             raise CorpusError(f"{path}, line {number}: lists and objects are nested too deeply to be read") from error
         match row:
             case {"text": _, "messages": _}:
-                raise CorpusError(f"{path}, line {number}: `text` or `messages` is meant, and both are there")
+                raise CorpusError(f"{path}, line {number}: the row has both `text` and `messages`; give one of them")
             case {"text": str(text)}:
                 documents.append(text)
             case {"messages": [*messages]} if messages and all(map(_is_message, messages)):
@@ -170,7 +174,9 @@ def _read_jsonl(path: Path) -> Rows:
                     "`messages` that is a list of objects with `role` and `content`"
                 )
         if documents and conversations:
-            raise CorpusError(f"{path}, line {number}: some rows have `text` and some `messages`; take them apart")
+            raise CorpusError(
+                f"{path}, line {number}: some rows have `text` and some `messages`; put them in separate files"
+            )
     return conversations or documents
 
 

@@ -1,4 +1,4 @@
-"""Token ids as text, and the classes of tokens that a diagnosis tells apart."""
+"""The text of token ids, and the classes of tokens that a diagnosis distinguishes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CLASSES = ("special", "digit", "whitespace", "code-like", "word start", "other")
-"""Classes of tokens. The first that fits counts."""
+"""Classes of tokens. A token belongs to the first class that fits."""
 _CODE_SYMBOLS = frozenset("[]{}()<>=+*/\\|&^%$#@~`_;")
 
 
@@ -21,7 +21,7 @@ class Tokens:
 
     Attributes:
         decode: turns ids into text, special tokens included.
-        special_ids: ids that stand for no text: begin, end, padding, turns of a conversation.
+        special_ids: ids of tokens that are not text: begin, end, padding, turns of a conversation.
 
     """
 
@@ -31,7 +31,7 @@ class Tokens:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-        """Use a transformers tokenizer. Ids that it does not know, as in a padded vocabulary, give no text."""
+        """Use a transformers tokenizer. Ids that it does not know, as in a padded vocabulary, decode to no text."""
         known = len(tokenizer)
         added = {
             token_id for token_id, token in tokenizer.added_tokens_decoder.items() if getattr(token, "special", False)
@@ -49,10 +49,10 @@ class Tokens:
         return cls(decode, frozenset(added | set(tokenizer.all_special_ids)))
 
     def text(self, token_id: int) -> str:
-        """Return the text of one token as it is amid others.
+        """Return the text of one token as it appears among others.
 
-        A tokenizer that marks the starts of words drops the space before the first one; decoding the token twice and
-        taking the first off leaves the second, which keeps it.
+        A tokenizer that marks word starts drops the space before the first word. So the token is decoded twice in a row
+        and the first copy is removed: the second keeps its space.
         """
         if token_id not in self._texts:
             once = self.decode([token_id])

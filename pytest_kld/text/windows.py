@@ -1,4 +1,4 @@
-"""Windows: the token ids that both sides are run on."""
+"""Windows: the token ids that both models run on."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ _FIXED_DATE = (
     + "".join(f" | replace('%{code}', '{text}')" for code, text in _TODAY.items())
     + " }}{%- endmacro -%}"
 )
-"""What a chat template gets in place of today's date: the one that Llama 3's templates fall back on."""
+"""The date that a chat template gets instead of today's: the fallback of Llama 3's templates."""
 
 _TOKENIZER_FILE = re.compile(
     r"(tokeniz|tekken|vocab|merges|spiece|spm|sentencepiece|bpe|tiktoken)[^/]*\.(json|model|txt|py|codes|v\d+[^/]*)"
     r"|[^/]*\.(tiktoken|spm)"
 )
-"""Files that hold a tokenizer, as the libraries name them."""
+"""The names that libraries give to tokenizer files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Windows:
-    """Sliding windows over the stretch of tokens of one dataset, or of several, one after the other.
+    """Sliding windows over the tokens of one dataset, or of several datasets in turn.
 
     Attributes:
         token_ids: [windows, positions], int32. Position i of a window predicts its token i + 1.
         starts: [windows], where each window begins in the tokenized text of its dataset.
-        stride: distance between two starts in tokens.
-        dataset: the name of the text; of several, the names with commas.
-        text_sha256: its digest; of several, the digest of their digests.
-        tokenizer: the label of the model whose tokenizer cut it.
-        bos: the id that stands in place of each window's first token, where the tokenizer puts one before a
-            text (as llama.cpp's perplexity does); None where it does not.
-        parts: the windows of each dataset, where there are several.
+        stride: distance between two starts, in tokens.
+        dataset: the name of the text; for several, their names separated by commas.
+        text_sha256: the digest of the text; for several, the digest of their digests.
+        tokenizer: the label of the model whose tokenizer was used.
+        bos: the id that replaces each window's first token if the tokenizer puts one before a text (as llama.cpp's
+            perplexity does); None if it does not.
+        parts: the windows of each dataset if there are several.
 
     """
 
@@ -76,12 +76,12 @@ class Windows:
 
     @property
     def digest(self) -> str:
-        """Return the SHA-256 of shape and token ids, in hexadecimal: what the model sees, and nothing else."""
+        """Return the SHA-256 of shape and token ids, in hexadecimal. It covers only what the model sees."""
         ids = np.ascontiguousarray(self.token_ids, dtype="<i4")
         return hashlib.sha256(f"{ids.shape}".encode() + ids.tobytes()).hexdigest()
 
     def first(self, count: int) -> Windows:
-        """Return the first windows."""
+        """Return the first `count` windows."""
         return replace(self, token_ids=self.token_ids[:count], starts=self.starts[:count])
 
     def protocol(self) -> dict[str, Any]:
@@ -106,26 +106,27 @@ def load_tokenizer(model: ModelSpec, *, trust_remote_code: bool) -> PreTrainedTo
     """Load a model's tokenizer.
 
     Raises:
-        ModelError: it has none, or it cannot be loaded.
+        ModelError: the model has no tokenizer, or it cannot be loaded.
 
     """
     try:
         return _load_tokenizer(model, trust_remote_code)
     except ModelError as error:
         raise ModelError(
-            f"{model.label} has no tokenizer that loads: {error}. Name a model that has one with --kld-tokenizer."
+            f"{model.label} has no tokenizer that can be loaded: {error}. Name a model that has one with "
+            "--kld-tokenizer."
         ) from error
 
 
 def load_tokenizer_if_any(model: ModelSpec, *, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    """Load a model's tokenizer; return None if the model has no file of one.
+    """Load a model's tokenizer; return None if the model has no tokenizer files.
 
     Args:
         model: the pinned model.
         trust_remote_code: whether a repository's own code may run.
 
     Raises:
-        ModelError: it has one that cannot be loaded; names its files and the reason.
+        ModelError: the model has a tokenizer that cannot be loaded; the message names its files and the reason.
 
     """
     try:
@@ -135,13 +136,13 @@ def load_tokenizer_if_any(model: ModelSpec, *, trust_remote_code: bool) -> PreTr
         if not files:
             return None
         raise ModelError(
-            f"the tokenizer of {model.label} ({', '.join(files)}) does not load: {error}. Mend it, or name the right "
-            "tokenizer for both sides with --kld-tokenizer."
+            f"the tokenizer of {model.label} ({', '.join(files)}) cannot be loaded: {error}. Repair it, or name the "
+            "right tokenizer for both sides with --kld-tokenizer."
         ) from error
 
 
 def _load_tokenizer(model: ModelSpec, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer, or raise a ModelError that says no more than why it cannot be loaded."""
+    """Load a model's tokenizer, or raise a ModelError that contains only the reason."""
     from transformers import AutoTokenizer
 
     try:
@@ -149,9 +150,9 @@ def _load_tokenizer(model: ModelSpec, trust_remote_code: bool) -> PreTrainedToke
             model.source, revision=model.revision or "main", trust_remote_code=trust_remote_code
         )
         usable = len(tokenizer("a b c", add_special_tokens=False)["input_ids"]) > 0
-    except Exception as error:  # tokenizers raise whatever their files make them
+    except Exception as error:  # faulty files can make a tokenizer raise anything
         raise ModelError(str(error).strip().rstrip(".") or type(error).__name__) from error
-    if not usable:  # transformers makes an empty tokenizer up where files are missing
+    if not usable:  # transformers creates an empty tokenizer if files are missing
         raise ModelError("it has no vocabulary")
     return tokenizer
 
@@ -172,7 +173,7 @@ def _file_names(model: ModelSpec) -> list[str]:
         return names
     try:
         return list(HfApi().list_repo_files(model.name, revision=model.revision))
-    except Exception:  # whatever the hub's client makes of a network that is not there: the cache is all there is
+    except Exception:  # without a network the hub's client can raise anything; then only the cache is left
         return names
 
 
@@ -196,22 +197,22 @@ def cut_windows(
         label: the tokenizer's name for the protocol.
 
     Raises:
-        CorpusError: the text gives fewer windows than asked for, or a window is too short to score.
+        CorpusError: the text gives fewer windows than requested, or a window is too short to score.
 
     """
     if size < MIN_WINDOW_SIZE:
         raise CorpusError(
             f"--kld-window-size: a window of {size} token predicts nothing; give {MIN_WINDOW_SIZE} or more"
         )
-    # One long text is meant here, so the tokenizer's warning about the model's context length is not.
+    # The text is long on purpose, so the tokenizer's warning about the model's context length is turned off.
     ids = tokenizer(corpus.text, add_special_tokens=False, verbose=False)["input_ids"]
     available = max(0, (len(ids) - size) // stride + 1) if len(ids) >= size else 0
     wanted = count if count is not None else max(available, 1)
     if available < wanted:
         raise CorpusError(
             f"the dataset {corpus.name} is too short: its {len(ids):,} tokens give {available} windows of {size:,} "
-            f"tokens at stride {stride:,}, and {wanted} are asked for. Give a longer text (--kld-dataset), fewer "
-            "windows (--kld-windows, or --kld-windows=max for all there are), or smaller ones (--kld-window-size, "
+            f"tokens at stride {stride:,}, but {wanted} are requested. Give a longer text (--kld-dataset), fewer "
+            "windows (--kld-windows, or --kld-windows=max for all that fit), or smaller ones (--kld-window-size, "
             "--kld-stride)."
         )
     starts = np.arange(wanted, dtype=np.int64) * stride
@@ -231,9 +232,9 @@ def cut_windows(
 
 
 def join_windows(parts: Sequence[Windows]) -> Windows:
-    """Put the windows of several datasets, cut in the same way, one after the other.
+    """Concatenate the windows of several datasets that were cut in the same way.
 
-    They are one stretch of work for an engine and one table of scores: a model is loaded once for all of them.
+    They form one job for an engine and one table of scores, so each model is loaded only once.
     """
     if len(parts) == 1:
         return parts[0]
@@ -248,14 +249,16 @@ def join_windows(parts: Sequence[Windows]) -> Windows:
 
 
 def chat_renderer(tokenizer: PreTrainedTokenizerBase, label: str) -> Render:
-    """Return what renders conversations with a tokenizer's chat template, without a prompt for an answer.
+    """Return a function that renders conversations with a tokenizer's chat template, without a generation prompt.
 
-    A template that writes today's date is given a fixed one, or the windows would be others tomorrow.
+    A template that writes today's date is given a fixed date; otherwise the windows would change every day.
     """
 
     def render(messages: list[Any]) -> str:
         if not tokenizer.chat_template:
-            raise CorpusError(f"the tokenizer of {label} has none; name a model that has one with --kld-tokenizer")
+            raise CorpusError(
+                f"the tokenizer of {label} has no chat template; name a model that has one with --kld-tokenizer"
+            )
         template = _FIXED_DATE + tokenizer.get_chat_template()
         return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
 
@@ -274,10 +277,10 @@ def check_same_tokens(
     candidate: PreTrainedTokenizerBase,
     candidate_label: str,
 ) -> None:
-    """Refuse a candidate whose tokenizer gives the windows' ids another meaning.
+    """Reject a candidate whose tokenizer gives the windows' ids a different meaning.
 
     Raises:
-        ModelError: names the first id that differs.
+        ModelError: an id means different tokens; the message names the first such id.
 
     """
     used = np.unique(windows.token_ids).tolist()
@@ -287,6 +290,6 @@ def check_same_tokens(
             raise ModelError(
                 f"token ids differ between reference and candidate: id {token_id} is {one!r} for {windows.tokenizer} "
                 f"and {other!r} for {candidate_label}. Their distributions are over different vocabularies, so KL "
-                "divergence says nothing. If the candidate's tokenizer files are wrong and its weights are not, name "
-                "the right tokenizer for both with --kld-tokenizer."
+                "divergence is meaningless. If the candidate's tokenizer files are wrong but its weights are right, "
+                "name the right tokenizer for both with --kld-tokenizer."
             )

@@ -165,7 +165,7 @@ def test_another_pairs_scores_under_an_entrys_name_are_not_believed(
     shutil.copyfile(theirs, ours)
     result = cache.run()
     result.assert_outcomes(passed=1, warnings=1)
-    result.stdout.fnmatch_lines([f"kld: the cache entry *{ours} holds the scores of something else than its name says"])
+    result.stdout.fnmatch_lines([f"kld: the cache entry *{ours} contains other scores than its name says"])
     assert cache.mean == mean
     cache.run("--kld-max-mean=100", candidates=(broken_dir,)).assert_outcomes(passed=1)
     assert cache.mean > 10 * mean
@@ -213,7 +213,9 @@ def test_a_damaged_capture_that_was_named_by_its_path_is_an_error(cache: Cache, 
     flip(named / WINDOW)
     result = cache.run(*options)
     result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines([f"*CaptureError: {named / WINDOW} is corrupt*you named it by its path, make or copy*"])
+    result.stdout.fnmatch_lines(
+        [f"*CaptureError: {named / WINDOW} is corrupt*you named it by its path, record or copy*"]
+    )
     assert not cache.quarantined
     assert named.is_dir()
 

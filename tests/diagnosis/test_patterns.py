@@ -152,7 +152,7 @@ def test_nan_in_the_midst_of_windows_is_not_onward(find: Find, reference: Any, t
 def test_rows_shifted_by_one_are_named_with_their_direction(find: Find, reference: Any, text_windows: Windows) -> None:
     log_probs = log_probs_of(reference, text_windows)
     found = find(log_probs, log_probs.roll(1, dims=1))
-    assert "first choice is the reference's of the position before in" in found["off-by-one"]
+    assert "first choice is the reference's at the position before in" in found["off-by-one"]
     assert "permuted-vocabulary" not in found
 
 

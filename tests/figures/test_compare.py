@@ -124,7 +124,7 @@ def test_other_windows_are_refused(reference_dir: Path, windows: Windows, tmp_pa
     capture = record(reference_dir, windows, tmp_path)
     changed = windows.token_ids.copy()
     changed[2, 5] += 1
-    with pytest.raises(CaptureError, match=r"token ids differ: window 2 of .* is not this session's"):
+    with pytest.raises(CaptureError, match=r"token ids differ: window 2 of .* has other ids than this session's"):
         scores_of(capture, capture, replace(windows, token_ids=changed))
     with pytest.raises(CaptureError, match=r"token ids differ: the capture .* is of other windows"):
         type(capture).open(capture.path, replace(windows, token_ids=changed))
@@ -133,7 +133,7 @@ def test_other_windows_are_refused(reference_dir: Path, windows: Windows, tmp_pa
 def test_an_id_beyond_the_common_vocabulary_is_refused(reference_dir: Path, windows: Windows, tmp_path: Path) -> None:
     capture = record(reference_dir, windows, tmp_path)
     narrow = replace(capture, manifest={**capture.manifest, "vocab_size": int(windows.token_ids.max())})
-    with pytest.raises(CaptureError, match=r"token id .* and the vocabulary common to .* ends before it"):
+    with pytest.raises(CaptureError, match=r"token id .* but the vocabulary common to .* ends before it"):
         scores_of(capture, narrow, windows)
 
 

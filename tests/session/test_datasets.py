@@ -83,7 +83,7 @@ def test_what_a_template_refuses_is_an_error_in_its_words(
         ([{"messages": [{"content": "no role"}]}], "line 1: expected an object"),
         ([{"text": 3}], "line 1: expected an object"),
         ([{"text": "a", "messages": CONVERSATIONS[0]}], "line 1: .* both are there"),
-        ([{"text": "a"}, {"messages": CONVERSATIONS[0]}], "line 2: .*take them apart"),
+        ([{"text": "a"}, {"messages": CONVERSATIONS[0]}], "line 2: .*put them in separate files"),
     ],
 )
 def test_rows_that_are_neither_text_nor_conversation_are_refused_by_line(

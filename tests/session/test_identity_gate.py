@@ -129,7 +129,9 @@ def test_a_directory_that_could_be_a_model_or_a_capture_is_a_usage_error(
     (model / "capture.json").write_text("{}")
     result = gate(f"{option}={model}")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines([f"ERROR: {option}: *model could be a model or a capture: it holds config.json and *"])
+    result.stderr.fnmatch_lines(
+        [f"ERROR: {option}: *model could be a model or a capture: it contains config.json and *"]
+    )
 
 
 @pytest.mark.parametrize("name", ["m" * 10_000, "a\0b", "\udcff"], ids=["long", "NUL", "surrogate"])
@@ -146,13 +148,13 @@ def test_a_tokenizer_that_does_not_load_is_an_error(gate: Gate, tmp_path: Path, 
     result = gate(cache, LIMIT, candidates=(model,))
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines(
-        ["*ModelError: the tokenizer of *model (tokenizer.json, tokenizer_config.json) does not load: *Mend it*"]
+        ["*ModelError: the tokenizer of *model (tokenizer.json, tokenizer_config.json) cannot be loaded: *Repair it*"]
     )
     gate(cache, LIMIT, f"--kld-tokenizer={gate.reference}", candidates=(model,)).assert_outcomes(passed=1)
     (model / "tokenizer.json").unlink()  # what is left of it is no tokenizer either
     result = gate(cache, LIMIT, candidates=(model,))
     result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines(["*ModelError: the tokenizer of *model (tokenizer_config.json) does not load: *"])
+    result.stdout.fnmatch_lines(["*ModelError: the tokenizer of *model (tokenizer_config.json) cannot be loaded: *"])
 
 
 def test_a_candidate_without_any_tokenizer_passes_with_a_note(gate: Gate, tmp_path: Path, cache: str) -> None:

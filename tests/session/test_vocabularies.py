@@ -49,7 +49,7 @@ def test_more_tokens_that_hold_the_probability_fail(gate: Gate, widened: Callabl
     result.stdout.fnmatch_lines(
         [
             "*FAIL  probability outside the common vocabulary * > max_cut_mass 0.01 *",
-            f"note: the vocabularies differ: * has 1,024 tokens and {wide} 1,040. The figures are of the first 1,024*",
+            f"note: the vocabularies differ: * has 1,024 tokens and {wide} 1,040. The figures cover the first 1,024*",
         ]
     )
     (gated,) = gate.results()

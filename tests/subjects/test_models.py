@@ -56,7 +56,7 @@ def test_a_hub_id_may_have_a_revision(text: str, name: str, revision: str | None
 
 @pytest.mark.parametrize("text", ["./nothing", "/nothing/here", "a/b/c", "org/name@", "@v1", "org/na me", "~/nothing"])
 def test_what_is_neither_directory_nor_hub_id_is_refused(text: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"there is no directory .*, and it is no hub id \(ORG/NAME\[@REVISION\]\)"):
+    with pytest.raises(ValueError, match=r"there is no directory .*, and it is not a hub id \(ORG/NAME\[@REVISION\]\)"):
         ModelSpec.parse(text, tmp_path)
 
 
@@ -110,7 +110,7 @@ def test_a_model_directory_that_also_holds_a_capture_is_refused(name: str, tmp_p
     path = model_dir(tmp_path / "model")
     (path / name).write_text("")
     with pytest.raises(
-        ValueError, match=rf"model could be a model or a capture: it holds config\.json and {name}\. Move"
+        ValueError, match=rf"model could be a model or a capture: it contains config\.json and {name}\. Move"
     ):
         ModelSpec.parse("model", tmp_path)
 

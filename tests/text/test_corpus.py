@@ -60,7 +60,7 @@ def test_a_local_directory_opens_as_a_dataset_without_a_hub(tmp_path: Path) -> N
     assert load_corpus(f"hf:{data}", tmp_path).text == "\n\n".join(DOCUMENTS)
     assert load_corpus(f"hf:{data}::train", tmp_path).text == "training text"
     assert load_corpus(f"hf:{data}:default:train", tmp_path).text == "training text"
-    with pytest.raises(CorpusError, match=r"cannot load the dataset .*split validation.*python-docs and files"):
+    with pytest.raises(CorpusError, match=r"cannot load the dataset .*split validation.*python-docs or a file"):
         load_corpus(f"hf:{data}::validation", tmp_path)
 
 
@@ -82,7 +82,7 @@ def test_wikitext_without_hub_or_cache_says_what_works_offline(tmp_path: Path, m
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(CorpusError, match=r"cannot load the dataset Salesforce/wikitext .*Offline, python-docs"):
+    with pytest.raises(CorpusError, match=r"cannot load the dataset Salesforce/wikitext .*Offline, use python-docs"):
         load_corpus("wikitext-2", tmp_path)
 
 
@@ -160,7 +160,7 @@ def test_a_whole_surrogate_pair_is_its_character(tmp_path: Path) -> None:
 
 def test_template_that_makes_half_of_a_pair_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}')
-    with pytest.raises(CorpusError, match=r"the dataset a\.jsonl: its text holds '\\udcff', half of"):
+    with pytest.raises(CorpusError, match=r"the text of the dataset a\.jsonl contains '\\udcff', which is half of"):
         load_corpus("a.jsonl", tmp_path, lambda _: "\udcff")
 
 
@@ -174,7 +174,7 @@ def test_deeply_nested_json_is_an_error_with_file_and_line(opening: str, tmp_pat
 
 def test_number_of_many_digits_is_an_error_with_file_and_line(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a", "id": ' + "9" * 5000 + "}")
-    with pytest.raises(CorpusError, match=r"a\.jsonl, line 1: this is no JSON"):
+    with pytest.raises(CorpusError, match=r"a\.jsonl, line 1: cannot be read as JSON"):
         load_corpus("a.jsonl", tmp_path)
 
 

@@ -70,7 +70,7 @@ def test_max_takes_all_that_fit_and_one_more_does_not(
     windows = cut(tokenizer, None, size, stride)
     assert windows.starts[-1] + size <= len(ids) < windows.starts[-1] + stride + size
     assert np.array_equal(cut(tokenizer, windows.count, size, stride).token_ids, windows.token_ids)
-    with pytest.raises(CorpusError, match=rf"give {windows.count} windows .* {windows.count + 1} are asked for"):
+    with pytest.raises(CorpusError, match=rf"give {windows.count} windows .* {windows.count + 1} are requested"):
         cut(tokenizer, windows.count + 1, size, stride)
 
 
@@ -115,14 +115,14 @@ def test_digest_depends_on_ids_and_shape_alone(tokenizer: PreTrainedTokenizerFas
 
 def test_a_model_without_tokenizer_is_an_error(make_model: MakeModel) -> None:
     model = ModelSpec.parse(str(make_model("bare", tokenizer=False)), Path())
-    with pytest.raises(ModelError, match=r"bare has no tokenizer that loads.*--kld-tokenizer"):
+    with pytest.raises(ModelError, match=r"bare has no tokenizer that can be loaded.*--kld-tokenizer"):
         load_tokenizer(model, trust_remote_code=False)
 
 
 def test_a_broken_tokenizer_is_an_error(make_model: MakeModel) -> None:
     path = make_model("broken-tokenizer")
     (path / "tokenizer.json").write_text("{")
-    with pytest.raises(ModelError, match="broken-tokenizer has no tokenizer that loads"):
+    with pytest.raises(ModelError, match="broken-tokenizer has no tokenizer that can be loaded"):
         load_tokenizer(ModelSpec.parse(str(path), Path()), trust_remote_code=False)
 
 
@@ -158,7 +158,8 @@ def test_a_hub_model_without_tokenizer_has_none_and_a_broken_one_is_an_error(
     model = ModelSpec(name="org/name", revision=commit)
     assert load_tokenizer_if_any(model, trust_remote_code=False) is None
     (snapshot / "tokenizer.json").write_text("{")
-    with pytest.raises(ModelError, match=r"the tokenizer of org/name@a+ \(tokenizer\.json\) does not load: .*Mend it"):
+    refusal = r"the tokenizer of org/name@a+ \(tokenizer\.json\) cannot be loaded: .*Repair it"
+    with pytest.raises(ModelError, match=refusal):
         load_tokenizer_if_any(model, trust_remote_code=False)
 
 

@@ -1,4 +1,4 @@
-// Draws the charts of the report from the JSON that is in the page. All text goes into the page as text.
+// Draws the charts of the report from the JSON in the page. All text is inserted as text, never as HTML.
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("chart-data").textContent);
@@ -13,7 +13,7 @@
   const percent = (share) => d3.format(share < 0.001 ? ".2~%" : share < 0.01 ? ".2~%" : ".1~%")(share);
   const positive = (value) => value !== null && value > 0;
 
-  /** A log scale over the values, with ticks at powers of ten; in between, too, where there are few. */
+  /** A log scale over the values, with ticks at powers of ten, and between them if there are few powers. */
   function log(label, values, room, tickFormat = nats) {
     const [least, most] = d3.extent(values.filter(positive));
     if (least === undefined) return { label, tickFormat };
@@ -25,12 +25,12 @@
     return { type: "log", label, domain: [low, high], grid: true, tickFormat, ticks: ticks.filter((tick) => tick >= low && tick <= high) };
   }
 
-  /** Nats as people write them. */
+  /** Formats nats as people write them. */
   function nats(value) {
     return value >= 0.001 && value < 10000 ? String(value) : value.toExponential(0);
   }
 
-  /** What all charts have in common. */
+  /** Draws a chart with the settings that all charts share. */
   function plot(width, title, options) {
     return Plot.plot({
       width,
@@ -42,7 +42,7 @@
     });
   }
 
-  /** Room for names at the left, and an axis that cuts those that do not fit. */
+  /** Space for names on the left, and an axis that truncates names that do not fit. */
   function names(list, width) {
     const longest = Math.max(...list.map((name) => name.length));
     const room = Math.min(longest * 7.2 + 16, width * 0.32);
@@ -75,7 +75,7 @@
     });
   }
 
-  /** Corner points of a histogram's steps, with zeros where bins are empty. */
+  /** Corner points of a histogram's steps, with zeros for empty bins. */
   function bins(one) {
     const points = [];
     let end = null;
@@ -278,7 +278,7 @@
     return box;
   }
 
-  /** What the pointer shows; every number of it is in a table too. */
+  /** The tooltip at the pointer; all of its numbers are also in a table. */
   function tip(points, facets = false) {
     return Plot.tip(points, Plot.pointer({ x: "x", y: "y", ...(facets ? { fy: "fy" } : {}), title: "text", fontSize: 12, fill: "var(--panel)", stroke: "var(--line)" }));
   }
