@@ -180,7 +180,7 @@ def test_limit_with_nothing_to_gate_is_an_error_that_says_so(gate: Gate, workers
     result = gate("--kld-max-p99=1", *workers, candidates=())
     assert result.ret == (pytest.ExitCode.TESTS_FAILED if workers else pytest.ExitCode.USAGE_ERROR)
     output = result.stdout if workers else result.stderr
-    output.fnmatch_lines(["*--kld-max-p99 is given and there is nothing to gate: give --kld-ref=MODEL and*"])
+    output.fnmatch_lines(["*--kld-max-p99 is given, but there is nothing to gate: give --kld-ref=MODEL and*"])
 
 
 def test_candidate_without_a_reference_is_a_usage_error(gate: Gate) -> None:

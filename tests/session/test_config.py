@@ -47,7 +47,11 @@ SERVERS = {
 BAD = [
     ("engine", "vllm", "expected one of auto, sglang, transformers, got 'vllm'"),
     ("startup_timeout", "0", "expected a whole number of at least 1, got '0'"),
-    ("windows", "0", "expected a whole number of at least 1, got '0' (or `max`: all that the text gives; or `auto`)"),
+    (
+        "windows",
+        "0",
+        "expected a whole number of at least 1, got '0' (or `max` for as many as the text yields, or `auto`)",
+    ),
     ("windows", "many", "expected a whole number of at least 1, got 'many'"),
     ("window_size", "1", "expected a whole number of at least 2, got '1'"),
     ("stride", "-5", "expected a whole number of at least 1, got '-5'"),

@@ -99,7 +99,7 @@ def test_arguments_overridden_for_a_part_of_the_tests_are_an_error_and_not_the_o
     )
     result = gate()
     result.assert_outcomes(passed=1, errors=1)
-    result.stdout.fnmatch_lines(["*ModelError: kld_candidate_args is overridden for a part of the tests*"])
+    result.stdout.fnmatch_lines(["*ModelError: kld_candidate_args is overridden for some of the tests only*"])
 
 
 def test_candidate_overridden_for_a_part_of_the_tests_has_its_own_figures(gate: Gate) -> None:

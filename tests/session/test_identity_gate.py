@@ -161,7 +161,9 @@ def test_a_candidate_without_any_tokenizer_passes_with_a_note(gate: Gate, tmp_pa
         path.unlink()
     result = gate(cache, LIMIT, candidates=(model,))
     result.assert_outcomes(passed=1)
-    result.stdout.fnmatch_lines(["*model has no tokenizer, so nothing shows that token ids mean the same to it as to*"])
+    result.stdout.fnmatch_lines(
+        ["*model has no tokenizer, so it is unknown whether its token ids mean the same as those of*"]
+    )
 
 
 def test_a_damaged_memo_changes_nothing(gate: Gate, tmp_path: Path, cache: str) -> None:
