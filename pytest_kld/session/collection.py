@@ -60,7 +60,7 @@ def parametrize_candidates(metafunc: pytest.Metafunc) -> None:
     for fixture, values in (("kld_candidate", candidates_of(config)), ("kld_moe_backend", config.moe_backend)):
         if not values or fixture not in metafunc.fixturenames:
             continue  # pytest would skip a test that is parametrized over nothing; the fixture raises an error instead
-        # A test's own parametrization, or that of a fixture that overrides ours, exists by now; pytest rejects a second.
+        # A test's own parametrization, or that of a fixture that overrides ours, exists by now: a second is rejected.
         with suppress(_DUPLICATE):
             metafunc.parametrize(fixture, values, indirect=True, scope="session", ids=_id)
 

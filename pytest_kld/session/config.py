@@ -221,7 +221,7 @@ def _check_servers(values: dict[str, Any]) -> None:
     candidates, urls = values["candidate"] or (), values["candidate_url"] or ()
     if urls and len(urls) != len(candidates):
         raise pytest.UsageError(
-            f"--kld-candidate-url: {len(urls)} URLs for {len(candidates)} candidates; give one for each, in the same order"
+            f"--kld-candidate-url: {len(urls)} URLs for {len(candidates)} candidates; give one for each, in their order"
         )
     if values["moe_backend"] and (urls or values["engine"] == "transformers"):
         raise pytest.UsageError("--kld-moe-backend needs SGLang servers that pytest-kld boots, one for each backend")

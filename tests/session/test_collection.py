@@ -138,7 +138,7 @@ def test_builtin_gate_steps_in_only_where_nobody_gates(gate: Gate) -> None:
     only = "--collect-only", "-q"
     gate(*only, "test_plain.py").stdout.fnmatch_lines(["test_plain.py::test_ungated", "kld::test_kld[[]*]"])
     gate(*only).stdout.no_fnmatch_line("kld::*")
-    # Deselecting one's own gate does not call the built-in one.
+    # Deselecting a project's own gate does not add the built-in one.
     deselected = gate(*only, "-k", "ungated")
     deselected.stdout.no_fnmatch_line("kld::*")
     deselected.stdout.fnmatch_lines(["test_plain.py::test_ungated", "*1/2 tests collected (1 deselected)*"])

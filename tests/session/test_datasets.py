@@ -27,7 +27,7 @@ CONVERSATIONS = [
 
 @pytest.fixture
 def chat_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The tokenizer with a chat template of its own."""
+    """The tokenizer with its own chat template."""
     chat = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     chat.chat_template = TEMPLATE
     return chat

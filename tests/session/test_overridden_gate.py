@@ -1,4 +1,4 @@
-"""A project's own fixtures and late markers cannot switch the gate off."""
+"""A project's own fixtures and markers that are added late cannot switch the gate off."""
 
 from __future__ import annotations
 

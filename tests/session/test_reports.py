@@ -1,4 +1,4 @@
-"""Report files: where they may be written, and what becomes of the others if one cannot be."""
+"""Report files: where they may be written, and that a failure to write one does not affect the others."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def odd_dir(tmp_path: Path) -> Path:
 
 
 def run(gate: Gate, *arguments: str, candidate: Path | None = None) -> subprocess.CompletedProcess[bytes]:
-    """Gate in a process of its own; what it prints is given as it is, in bytes."""
+    """Gate in a separate process; its output is returned unchanged, in bytes."""
     options = [f"--kld-ref={gate.reference}", f"--kld-candidate={candidate or gate.candidate}", *gate.protocol]
     return subprocess.run(
         [sys.executable, "-m", "pytest", *options, gate.cache, *arguments],
