@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 ZERO = ("max_nan", "max_ref_nan", "max_cut_mass")
 """Limits on figures that are 0 for these models."""
 TOO_TIGHT = {name: 0 if limit.upper else 1 for name, limit in LIMITS.items() if name not in ZERO}
-"""For each other limit, a bound that the tiny model exceeds with its noisy copy as the reference.
+"""For each other limit, a bound that the tiny model violates with its noisy copy as the reference.
 
 With the models swapped, the noise happens to lower the perplexity, but a limit on its logarithm bounds an increase.
 """
