@@ -1,4 +1,4 @@
-"""The command `pytest-kld`. Standard library only: it runs where SGLang runs."""
+"""The command `pytest-kld`. Standard library only: it runs in SGLang's environment."""
 
 from __future__ import annotations
 
@@ -34,28 +34,29 @@ def _patch(action: str, found: Installation) -> int:
         print(f"{what} {state.value}: {found.target}")
         return _CHECK_EXIT_CODES[state]
     if action == "apply":
-        print(f"{what} {'is patched now' if found.apply() else 'was patched already'}.")
+        print(f"{what} {'is patched now' if found.apply() else 'was already patched'}.")
     else:
-        print(f"{what} {'is as it was released again' if found.revert() else 'was not patched'}.")
+        print(f"{what} {'is restored to its released state' if found.revert() else 'was not patched'}.")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pytest-kld", description="Helps pytest-kld where SGLang runs.")
+    parser = argparse.ArgumentParser(prog="pytest-kld", description="Tools for the environment in which SGLang runs.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     patch = commands.add_parser(
         "patch",
-        help="put the capture hook into a SGLang that has no plugins",
-        description="Put the capture hook into SGLang 0.5.7 to 0.5.10.post1. Newer releases need no patch. The hook "
+        help="add the capture hook to an SGLang release that has no plugins",
+        description="Add the capture hook to SGLang 0.5.7 to 0.5.10.post1. Newer releases need no patch. The hook "
         "does nothing unless PYTEST_KLD_CAPTURE_DIR names a directory.",
-        epilog="Exit codes of --check: 0 patched or no patch needed, 1 not patched, 2 modified otherwise or no "
-        "supported SGLang. The others: 0 done, or nothing to do; 2 nothing was changed.",
+        epilog="Exit codes of --check: 0 if SGLang is patched or needs no patch, 1 if it is not patched, 2 if the file "
+        "to patch has other changes or there is no supported SGLang. Exit codes of --apply and --revert: 0 if they "
+        "succeeded or had nothing to do, 2 if they failed, in which case nothing was changed.",
     )
     action = patch.add_mutually_exclusive_group(required=True)
     for name, text in (
-        ("check", "tell whether it is patched"),
-        ("apply", "patch it"),
-        ("revert", "restore the file as it was"),
+        ("check", "report whether SGLang is patched"),
+        ("apply", "patch SGLang"),
+        ("revert", "restore the file as it was released"),
     ):
         action.add_argument(f"--{name}", dest="action", action="store_const", const=name, help=text)
     patch.add_argument(

@@ -54,7 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
-    """Say what will be measured with what."""
+    """Show the engine, the reference and the cache."""
     return header(config.stash[CONFIG])
 
 
@@ -77,7 +77,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.Item]) -> Generator[None]:
-    """Add the built-in gate where there is no test of one's own; refuse markers that would gate nothing."""
+    """Add the built-in gate if no collected test is gated; reject markers that would gate nothing."""
     add_builtin_gate(session, items)
     mark_gated(items)
     yield
@@ -94,7 +94,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Attach the result. Names and messages in a failure do nothing to the terminal that shows them."""
+    """Attach the result. Escape names and messages in a failure, so that they cannot control the terminal."""
     report = yield
     if uses_kld(item):
         from pytest_kld.session.failure_text import escape_failure

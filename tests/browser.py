@@ -1,4 +1,4 @@
-"""A real headless Chromium that opens files, with its console and its network requests on record."""
+"""A real headless Chromium that opens files and records its console and network requests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ARGUMENTS = (
 
 
 def missing() -> str | None:
-    """Say what keeps a Chromium from being driven here; None if nothing does."""
+    """Return why a Chromium cannot be driven here; None if it can."""
     for program in ("chromium", "chromedriver"):
         if shutil.which(program) is None:
             return f"there is no {program}; on Debian: apt-get install chromium chromium-driver"
@@ -63,7 +63,7 @@ class Browser:
         self._command("Emulation.setDeviceMetricsOverride", **viewport)
         self._command("Emulation.setEmulatedMedia", media=media, features=[scheme])
         self.driver.get_log("browser")
-        self.driver.get_log("performance")  # what was before is of no interest
+        self.driver.get_log("performance")  # drop what came before
         self.url = path.as_uri()
         self.driver.get(self.url)
         self.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
@@ -73,7 +73,7 @@ class Browser:
         return self.driver.execute_script(script, *arguments)
 
     def press(self, key: str) -> None:
-        """Press a key where the focus is."""
+        """Press a key in the focused element."""
         self.driver.switch_to.active_element.send_keys(key)
 
     def complaints(self) -> list[str]:
@@ -81,10 +81,10 @@ class Browser:
         return [str(entry["message"]) for entry in self.driver.get_log("browser")]
 
     def requests(self) -> list[str]:
-        """Return the URLs that were asked for, but for the file's own and what it has in itself (`data:`)."""
+        """Return the URLs that were requested, except the file's own and those embedded in it (`data:`)."""
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         urls = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-        assert self.url in urls  # else nothing was on record
+        assert self.url in urls  # else nothing was recorded
         return [url for url in urls if url != self.url and not url.startswith("data:")]
 
     def pdf(self) -> bytes:

@@ -1,4 +1,4 @@
-"""Tiny real models and a tiny real tokenizer, made once a session; nothing here needs a hub."""
+"""Tiny real models and a tiny real tokenizer, made once per session; nothing here needs a hub."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SMALL_RUN = ("--kld-dataset=python-docs", "--kld-windows=3", "--kld-window-size=
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Skip tests that need a GPU if there is none."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and not torch.cuda.is_available():
         for item in marked:
@@ -70,7 +70,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> MakeModel:
-    """Return a function that saves a random model, always the same one but for `noise` on its weights."""
+    """Return a function that saves a random model, always the same one except for `noise` on its weights."""
     root = tmp_path_factory.mktemp("models")
 
     def make(name: str, config: PretrainedConfig | None = None, *, noise: float = 0.0, tokenizer: bool = True) -> Path:
@@ -118,7 +118,7 @@ def unloadable_dir(make_model: MakeModel) -> Path:
 
 
 class Gate:
-    """Runs pytest on tiny models, in a directory of its own and with a cache that all tests share."""
+    """Runs pytest on tiny models, in its own directory and with a cache that all tests share."""
 
     def __init__(self, pytester: pytest.Pytester, reference: Path, candidate: Path, text: Path, cache: Path) -> None:
         self.pytester, self.path = pytester, pytester.path
@@ -163,7 +163,7 @@ def gate(
     text_file: Path,
     gate_cache: Path,
 ) -> Gate:
-    """A function that runs the gate; see `Gate`. Plugins that have no part in it are not loaded."""
+    """A function that runs the gate; see `Gate`. Unrelated plugins are not loaded."""
     monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:hypothesispytest -p no:anyio -p no:platformdirs")
     return Gate(pytester, reference_dir, candidate_dir, text_file, gate_cache)
 

@@ -18,7 +18,7 @@ WINDOWS, SIZE = 4, 32
 
 
 def subject(name: str | Subject, backend: str | None = None) -> Subject:
-    """Return a Subject that is only a name, and a MoE backend."""
+    """Return a Subject that has only a name, and a MoE backend."""
     if isinstance(name, Subject):
         return name
     return Subject(name=name, axes={} if backend is None else {MOE_BACKEND: backend})

@@ -1,4 +1,4 @@
-"""A `nvidia-smi` on PATH that tells of GPUs that are not there."""
+"""A `nvidia-smi` on PATH that reports GPUs that do not exist."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def put_on_path(directory: Path, monkeypatch: pytest.MonkeyPatch, *uuids: str) -> None:
-    """Let the machine have GPUs with these UUIDs, in the order of the PCI bus."""
+    """Make the machine appear to have GPUs with these UUIDs, in PCI bus order."""
     program = directory / "bin" / "nvidia-smi"
     program.parent.mkdir(exist_ok=True)
     program.write_text("#!/bin/sh\n" + "".join(f"echo {uuid}\n" for uuid in uuids))

@@ -1,4 +1,4 @@
-"""Captures of tiny models, recorded as the plugin does it, and what transformers alone says of the same windows."""
+"""Captures of tiny models, recorded as the plugin does it, and logits of the same windows from transformers alone."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlteredEngine(TransformersEngine):
-    """The engine, with something done to each model after it is loaded."""
+    """The engine, with a change made to each model after it is loaded."""
 
     alter: Callable[[Any], Any]
 
@@ -52,7 +52,7 @@ def record(
     arguments: Mapping[str, Any] | None = None,
     alter: Callable[[Any], Any] | None = None,
 ) -> Capture:
-    """Capture a model into a cache of its own."""
+    """Capture a model into its own cache."""
     options = {"dtype": dtype, "device": "cpu"}
     recording = Recording(
         engine=TransformersEngine(**options) if alter is None else AlteredEngine(**options, alter=alter),

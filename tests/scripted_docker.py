@@ -1,7 +1,7 @@
-"""A container engine in small: `docker run …`, `docker kill ID`, and the daemon that both ask.
+"""A minimal container engine: `docker run …`, `docker kill ID`, and the daemon that serves both.
 
-As with the real one, the container is the daemon's child and not the client's, gets no variable that it is not given,
-and lives on if its client is ended.
+As with the real one, the container is a child of the daemon and not of the client, gets only the variables that it is
+given, and lives on if its client is ended.
 
     python scripted_docker.py SOCKET daemon
     python scripted_docker.py SOCKET run --network host --cidfile FILE --env NAME … IMAGE COMMAND …
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 IMAGE_VARIABLES = ("PATH", "PYTHONPATH")
-"""Those that the image sets by itself; here, so that Python is found."""
+"""Variables that the image itself sets; needed here so that Python is found."""
 WITH_VALUE = ("--network", "--cidfile", "--env", "-e", "-v", "--gpus", "--ipc")
 
 
@@ -40,7 +40,7 @@ def daemon(address: str) -> None:
         server.listen()
         while True:
             connection, _ = server.accept()
-            with connection, suppress(ValueError, OSError):  # the client was ended in the middle
+            with connection, suppress(ValueError, OSError):  # the client was ended meanwhile
                 question = json.loads(connection.makefile().readline())
                 connection.sendall(json.dumps(answer(question, containers)).encode() + b"\n")
 

@@ -1,8 +1,8 @@
-"""A small server that misbehaves as it is told, for faults that the real one cannot be made to show.
+"""A small server that misbehaves on request, for faults that the real one cannot be made to show.
 
     python scripted_server.py BEHAVIOUR PORT
 
-healthy: answers /health. silent: never does. dies: exits with code 3 while booting. floods: prints 50 MB, then is
+healthy: answers /health. silent: never answers. dies: exits with code 3 while booting. floods: prints 50 MB, then is
 healthy. stubborn: healthy, ignores SIGTERM, and so does its child. orphans: healthy, and leaves a child of a child
 in a session of its own. late: healthy after two seconds. errors: healthy, answers /generate with 500. speculates:
 healthy, answers /generate as DFLASH does. mute: healthy, answers /generate as SGLang does and writes nothing.

@@ -1,7 +1,7 @@
 """Stands in for the interpreter that runs SGLang: `python scripted_sglang.py -m sglang.launch_server …`.
 
-With `-m pytest_kld.hook` it tells what a good installation tells. As a launcher it writes its environment and its flags
-into the capture directory, then answers /health on its port until it is ended.
+With `-m pytest_kld.hook` it reports what a good installation reports. As a launcher it writes its environment and its
+flags into the capture directory, then answers /health on its port until it is ended.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COMMAND = (sys.executable, str(Path(__file__)), *KIND.launch)
 
 
 def make_pool(directory: Path, command: tuple[str, ...] = COMMAND) -> ServerPool:
-    """Return a pool that starts this."""
+    """Return a pool that starts this server."""
     return ServerPool(
         kind=KIND,
         command=command,
@@ -49,7 +49,7 @@ def make_pool(directory: Path, command: tuple[str, ...] = COMMAND) -> ServerPool
 
 
 def started(pool: ServerPool) -> dict[str, dict[str, str]]:
-    """Return environment and flags of the server that was started last."""
+    """Return the environment and flags of the server that was started last."""
     told: dict[str, dict[str, str]] = json.loads((pool.capture_dir / STARTED).read_text())
     return told
 

@@ -1,4 +1,4 @@
-"""The benchmark's baseline computes what ours does. Timings are not asserted."""
+"""The benchmark's baseline computes the same values as our code. Timings are not asserted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Having the plugin installed costs next to nothing where it is not used."""
+"""Having the plugin installed costs next to nothing if it is not used."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ NEEDED_WITHOUT_A_GATE = {
     *("pytest_kld.session.gating", "pytest_kld.session.header", "pytest_kld.session.options"),
     *("pytest_kld.session.results", "pytest_kld.plain", "pytest_kld.gate.number"),
 }
-"""What of the package a session without a gate loads: hooks, options, fixtures' definitions. Each further module costs
-every pytest session of a user about half a millisecond; see benchmarks/README.md."""
+"""The modules of the package that a session without a gate loads: hooks, options, fixtures' definitions. Each further
+module costs every pytest session of a user about half a millisecond; see benchmarks/README.md."""
 
 
 def modules_after(code: str, directory: Path) -> set[str]:
@@ -57,4 +57,4 @@ def test_running_plain_tests_loads_nothing_more(tmp_path: Path) -> None:
     (tmp_path / "test_plain.py").write_text("def test_plain(): pass\ndef test_wrong(): assert 1 == 2\n")
     run = "import pytest; pytest.main(['-q', '-p', 'no:cacheprovider', *{}])"
     added = modules_after(run.format(["-p", "pytest_kld.plugin"]), tmp_path) - modules_after(run.format([]), tmp_path)
-    assert added == NEEDED_WITHOUT_A_GATE | {"pytest_kld.gate.figure"}  # explains comparisons, if one is of ours
+    assert added == NEEDED_WITHOUT_A_GATE | {"pytest_kld.gate.figure"}  # explains comparisons that involve our figures

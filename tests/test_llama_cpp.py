@@ -1,4 +1,4 @@
-"""On the same logits, the figures of docs/llama-cpp.md are what llama.cpp's definitions give."""
+"""On the same logits, the figures of docs/llama-cpp.md match llama.cpp's definitions."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_a_figure_of_the_summary_beside_llama_cpps_is_the_same_figure(scores: Sc
 
 
 def sixteen_bit(log_p: Array) -> Array:
-    """Return what is left of log-probabilities in llama.cpp's store: 65,536 steps over at most 16 nats."""
+    """Return log-probabilities as llama.cpp stores them: rounded to 65,536 steps over at most 16 nats."""
     top = log_p.max(-1, keepdims=True)
     floor = np.maximum(log_p.min(-1, keepdims=True), top - 16)
     step = (top - floor) / 65535

@@ -1,4 +1,4 @@
-"""Text that is not ours is shown, and does nothing else."""
+"""Text from outside is shown and has no other effect."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pytest_kld.plain import LINES, plain, without_surrogates
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()))
-"""Text with lone surrogates, controls and what is unassigned."""
+"""Text with lone surrogates, control characters and unassigned code points."""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""End to end on a real model: the quickstart as a newcomer runs it, and its figures checked independently."""
+"""End to end on a real model: run the quickstart as a newcomer does, and check its figures independently."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The order of the package's rooms: imports point down the list only.
+"""The order of the package's rooms: a room imports only from itself and from rooms above it in the list.
 
-This list is a good place to start reading: a room knows the rooms above it in the list and none below.
+This list is a good place to start reading.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import pytest_kld
 PACKAGE = Path(pytest_kld.__file__).parent
 ROOMS = (
     "errors",  # what can go wrong
-    "plain",  # text that is not ours, made safe to show
-    "files",  # files that are whole or not there
-    "progress",  # what long work tells about itself
+    "plain",  # text from outside, made safe to show
+    "files",  # files that are written completely or not at all
+    "progress",  # progress messages of long work
     "subjects",  # what is measured: models and their identity
     "text",  # text, token ids, windows
     "kernel",  # hidden states to logits, logits to figures per position
-    "servers",  # child processes, GPU leases; knows nothing of KLD
+    "servers",  # child processes, GPU leases; knows nothing about KLD
     "hook",  # what runs inside a server
     "engines",  # what runs a model over windows
-    "captures",  # what a model said, on disk
+    "captures",  # a model's outputs, on disk
     "figures",  # two captures to figures
     "gate",  # limits, verdicts, results
     "diagnosis",  # figures to known faults
@@ -36,7 +36,7 @@ ROOMS = (
 
 
 def imports_of(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield line and module of each import of the package's own, those for type checkers included."""
+    """Yield line and module of each import from the package, including those for type checkers."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pytest_kld":
             assert node.module is not None

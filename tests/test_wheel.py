@@ -1,9 +1,9 @@
-"""The wheel holds everything, declares what it needs, and gates from an environment that has nothing else of ours.
+"""The wheel holds everything, declares what it needs, and gates from an environment without the checkout.
 
 The environment is a new virtual environment into which only the wheel is installed. Its dependencies are not downloaded
-again, since torch alone would take minutes: links to the packages of the running environment stand beside it, without
-this package and its editable install. That would hide a dependency that is used and not declared, so a test of its own
-looks for those.
+again, since torch alone would take minutes. Instead, links to the packages of the running environment are put beside
+it, without this package and its editable install. That would hide a dependency that is used but not declared, so a
+separate test looks for those.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 OPTIONAL = {"sglang"}
-"""What is imported only inside servers, or behind a look whether it is there."""
+"""What is imported only inside servers, or only if it is installed."""
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built as `pip install` of a checkout builds it: with a build backend of its own."""
+    """The wheel, built as `pip install` of a checkout builds it: in an isolated build environment."""
     directory = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(directory), str(ROOT)]
     environment = os.environ | {"PIP_CONSTRAINT": str(ROOT / "constraints.txt")}
@@ -90,7 +90,7 @@ def run_in(environment: Path, cwd: Path, *command: str) -> str:
 
 
 def imports_of(path: Path) -> Iterator[str]:
-    """Yield the top-level name of each absolute import, those inside functions included."""
+    """Yield the top-level name of each absolute import, including those inside functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)

@@ -14,7 +14,7 @@ _PREFIXES = (
     *("HIP_", "HSA_", "ROCM_", "ROCBLAS_", "MIOPEN_", "HIPBLASLT_", "AITER_", "CK_", "USE_ROCM_", "ASCEND_"),
     *("OMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "OPENBLAS_"),
 )
-"""Beginnings of the names that engines, their kernels and the libraries beneath them read."""
+"""Prefixes of the variables that engines, their kernels and the libraries below them read."""
 _LEFT_OUT = {
     "CUDA_VISIBLE_DEVICES": "which GPUs: their model is in the key, and a lease picks among them",
     "CUDA_DEVICE_ORDER": "the numbering of the GPUs",
@@ -35,9 +35,9 @@ _LEFT_OUT = {
     "SGLANG_LOGGING_CONFIG_PATH": "what is printed",
     "SGLANG_HOST_IP": "an address",
     "SGLANG_PORT": "an address",
-    "SGLANG_RUN_ID": "SGLang draws it anew at each start",
+    "SGLANG_RUN_ID": "SGLang sets a new one at each start",
 }
-"""Variables with such names that cannot change a number, each with the reason. What is in doubt is not listed here."""
+"""Variables with these prefixes that cannot change a number, each with the reason. Doubtful ones are not listed."""
 
 
 def numeric_environment(environ: Mapping[str, str], given: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -45,10 +45,10 @@ def numeric_environment(environ: Mapping[str, str], given: Mapping[str, str] | N
 
     Args:
         environ: what the process inherits.
-        given: what the user set for it by name; it is kept whatever its names are.
+        given: the variables that the user set for it; all are kept, whatever their names.
 
     Returns:
-        Names and values; of a value that looks like a secret by its name only a digest.
+        Names and values; if the name suggests a secret, only a digest of the value.
 
     """
     inherited = {name: value for name, value in environ.items() if name.startswith(_PREFIXES) and name not in _LEFT_OUT}

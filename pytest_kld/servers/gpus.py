@@ -1,4 +1,4 @@
-"""What `nvidia-smi` tells of this machine's GPUs. Standard library only: SGLang's side uses it too."""
+"""What `nvidia-smi` reports about this machine's GPUs. Standard library only: SGLang's side uses it too."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 
 
 def query_gpus(field: str) -> tuple[str, ...]:
-    """Return a field (`uuid`, `name`) of each GPU in the order of its index; empty where there are none."""
+    """Return a field (`uuid`, `name`) of each GPU in the order of their indices; empty if there are none."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return ()

@@ -1,4 +1,4 @@
-"""Commands that start a server elsewhere: in a container, or through Slurm. They lose the environment on the way.
+"""Commands that start a server in a container or through Slurm. They do not pass on the environment by themselves.
 
 `docker run` gives a container none of its client's variables, and the container outlives a client that is killed.
 `srun` gives a job step the variables that `--export` names, on a node that Slurm picks.
@@ -21,7 +21,7 @@ _HOST_NETWORKS = ("--network=host", "--net=host")
 
 
 def check_launcher(command: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Refuse a command that could not work, or that would measure something else than it says.
+    """Reject a command that could not work, or that would measure something other than what it says.
 
     Args:
         command: what starts the server.
@@ -40,13 +40,13 @@ def check_launcher(command: Sequence[str], environment: Mapping[str, str]) -> No
 def with_environment(
     command: Sequence[str], names: Iterable[str], environment: Mapping[str, str], cidfile: Path | None = None
 ) -> list[str]:
-    """Return a command that takes variables of its environment along.
+    """Return a command that passes variables of its environment on to the server.
 
     Args:
-        command: what starts the server; one that starts it right here is returned as it is.
+        command: what starts the server; one that starts it directly is returned unchanged.
         names: the variables' names.
-        environment: all of its environment.
-        cidfile: where a container's id is to be written; no file may be there.
+        environment: its complete environment.
+        cidfile: the file for a container's id; it must not exist yet.
 
     """
     if (run := _container(command)) is not None:
@@ -78,7 +78,7 @@ def command_in_key(command: Sequence[str]) -> list[str]:
 
 
 def kill_command(command: Sequence[str]) -> list[str]:
-    """Return what, with a container's id after it, ends the container; empty if the command starts none."""
+    """Return the command that, followed by a container's id, ends the container; empty if `command` starts none."""
     run = _container(command)
     if run is None:
         return []
@@ -99,24 +99,24 @@ def _srun(command: Sequence[str]) -> int | None:
 def _check_container(command: Sequence[str], run: int) -> None:
     options, pairs = command[run + 1 :], set(pairwise(command))
     if "sudo" in command[:run]:
-        raise ValueError("sudo drops the variables that a container is given; let this user run docker")
+        raise ValueError("sudo drops the variables meant for the container; allow this user to run docker without it")
     if not any(word in _HOST_NETWORKS for word in options) and not pairs & {("--network", "host"), ("--net", "host")}:
-        raise ValueError("a container needs --network host: the server listens on 127.0.0.1, on a port that is picked")
+        raise ValueError("a container needs --network host: the server listens on a port of 127.0.0.1 chosen at start")
     if detached := next((word for word in options if word in ("-d", "--detach")), None):
-        raise ValueError(f"{detached} cannot be given: the container is watched, and ends with the session")
+        raise ValueError(f"{detached} cannot be given: pytest-kld watches the container and ends it with the session")
     if any(word.startswith("--cidfile") for word in options):
-        raise ValueError("--cidfile cannot be given: it is set for each server, to end the container with it")
+        raise ValueError("--cidfile cannot be given: pytest-kld sets it for each server, to end its container")
     chosen = [after for before, after in pairs if before == "--gpus"]
     chosen += [word.partition("=")[2] for word in options if word.startswith("--gpus=")]
     if any(gpus != "all" for gpus in chosen):
-        raise ValueError("--gpus must be all: GPUs are leased, and shown to the container by CUDA_VISIBLE_DEVICES")
+        raise ValueError("--gpus must be all: pytest-kld leases GPUs and selects them with CUDA_VISIBLE_DEVICES")
 
 
 def _check_srun(words: Sequence[str], environment: Mapping[str, str]) -> None:
     if not environment.get("SLURM_JOB_ID") or not environment.get("SLURMD_NODENAME"):
         raise ValueError(
-            "srun would start the server on another node, whose 127.0.0.1 this one does not see. Run pytest inside of "
-            "the allocation (`srun … pytest …` or in a batch script), or start the servers and name them with "
+            "srun would start the server on another node, whose 127.0.0.1 is not reachable from here. Run pytest "
+            "inside the allocation (`srun … pytest …` or in a batch script), or start the servers and name them with "
             "--kld-ref-url and --kld-candidate-url"
         )
     for word in words:

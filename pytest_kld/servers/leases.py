@@ -22,7 +22,7 @@ _SECONDS_BETWEEN_TRIES = 1.0
 def visible_gpus(environment: Mapping[str, str]) -> tuple[str, ...]:
     """Return the names of the GPUs that a process with these variables may use.
 
-    They are UUIDs where `nvidia-smi` tells them, so that every session gives a GPU the same name. Numbers in
+    They are UUIDs if `nvidia-smi` reports them, so that every session gives a GPU the same name. Numbers in
     CUDA_VISIBLE_DEVICES are those that `nvidia-smi` shows.
     """
     listed = query_gpus("uuid")
@@ -34,7 +34,7 @@ def visible_gpus(environment: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _name(chosen: str, listed: Sequence[str]) -> str:
-    """Return a GPU's UUID by its number, or by the beginning of its UUID, which CUDA takes as well."""
+    """Return a GPU's UUID by its number, or by a prefix of its UUID, which CUDA accepts too."""
     if chosen.isdecimal() and int(chosen) < len(listed):
         return listed[int(chosen)]
     begun = [uuid for uuid in listed if chosen.startswith("GPU-") and uuid.startswith(chosen)]
@@ -42,11 +42,11 @@ def _name(chosen: str, listed: Sequence[str]) -> str:
 
 
 def visibility(gpus: Sequence[str]) -> dict[str, str]:
-    """Return the variables that show these GPUs, and no others, to a child process.
+    """Return the variables that make these GPUs, and no others, visible to a child process.
 
-    They are shown by number: engines parse CUDA_VISIBLE_DEVICES as numbers, and SGLang falls back to slower
-    collectives, with other rounding, if it cannot. The numbers are those of `nvidia-smi`, which counts in the order of
-    the PCI bus, so CUDA is told to count likewise. GPUs that it does not list (slices of one: MIG) keep their names.
+    GPUs are given by number: engines parse CUDA_VISIBLE_DEVICES as numbers, and SGLang falls back to slower
+    collectives, with other rounding, if it cannot. The numbers are those of `nvidia-smi`, which counts in PCI bus
+    order, so CUDA is told to count in that order too. GPUs that it does not list (MIG slices) keep their names.
     """
     listed = query_gpus("uuid")
     if not only_by_name(gpus, listed):
@@ -56,13 +56,13 @@ def visibility(gpus: Sequence[str]) -> dict[str, str]:
 
 
 def only_by_name(gpus: Sequence[str], listed: Sequence[str] | None = None) -> bool:
-    """Tell whether some of these GPUs have no number: slices of a GPU (MIG), or a UUID that `nvidia-smi` hides."""
+    """Tell whether some of these GPUs have no number: slices of a GPU (MIG), or a UUID `nvidia-smi` does not list."""
     known = query_gpus("uuid") if listed is None else listed
     return any(gpu not in known and not gpu.isdecimal() for gpu in gpus)
 
 
 def lease_directory() -> Path:
-    """Return the directory of the locks: one for the machine, whoever runs the sessions."""
+    """Return the directory of the locks, which all users of the machine share."""
     directory = Path(tempfile.gettempdir()) / "pytest-kld-gpus"
     directory.mkdir(exist_ok=True)
     if directory.stat().st_uid == os.getuid():
@@ -74,9 +74,9 @@ def lease_directory() -> Path:
 def lease(
     count: int, gpus: tuple[str, ...], directory: Path, on_wait: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[str, ...]]:
-    """Hold some GPUs for as long as the context lasts.
+    """Hold some GPUs while the context lasts.
 
-    All of them are taken at once or none, so two sessions never wait for each other's.
+    Either all of them are taken or none, so two sessions never wait for each other's GPUs.
 
     Args:
         count: how many.
@@ -88,13 +88,13 @@ def lease(
         The names of the GPUs.
 
     Raises:
-        ServerError: there are fewer, whoever holds them.
+        ServerError: there are fewer GPUs, free or held.
 
     """
     if count > len(gpus):
         raise ServerError(
-            f"the server needs {count} GPUs and {len(gpus)} are visible ({', '.join(gpus) or 'none'}). Lower --tp, "
-            "or see CUDA_VISIBLE_DEVICES."
+            f"the server needs {count} GPUs, but {len(gpus)} are visible ({', '.join(gpus) or 'none'}). Lower --tp, "
+            "or check CUDA_VISIBLE_DEVICES."
         )
     held = _try(count, gpus, directory)
     if held is None:
@@ -118,7 +118,7 @@ def lease_device(
 ) -> Iterator[str | None]:
     """Hold the GPU behind a torch device of this process, so that no server is booted on it meanwhile.
 
-    A server of this session that leases the same GPU must be stopped first, or this waits for it without end.
+    A server of this session that leases the same GPU must be stopped first, or this waits for it forever.
 
     Args:
         device: `cpu`, `cuda` (the first GPU) or `cuda:N`, the N-th of those that this process sees.
@@ -127,7 +127,7 @@ def lease_device(
         on_wait: called once if somebody else holds it.
 
     Yields:
-        The GPU's name; None, and nothing is held, if the device is no GPU.
+        The GPU's name. If the device is not a GPU: None, and nothing is held.
 
     """
     kind, _, number = device.partition(":")
@@ -141,7 +141,7 @@ def lease_device(
 
 
 def _uuid_by_torch(index: int) -> str | None:
-    """Return the UUID of this process's N-th GPU; torch knows it for certain, in whatever order CUDA counts."""
+    """Return the UUID of this process's N-th GPU from torch, which is right in whatever order CUDA counts."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available() or index >= torch.cuda.device_count():
         return None

@@ -1,4 +1,4 @@
-"""A server as a child process: boot, watch, stop. Knows nothing of language models or of KLD."""
+"""A server as a child process: boot, watch, stop. Knows nothing about language models or KLD."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PORTS = range(20_000, 50_000)
 _SECONDS_BETWEEN_LOOKS = 0.5
 _HEALTH_TIMEOUT_SECONDS = 30
 _SECONDS_TO_KILL = 30
-"""How long killing may take, after the time a server is given to end by itself."""
+"""How long killing may take, after the time that a server has to end by itself."""
 _TAIL_LINES = 40
 _TAIL_BYTES = 256 << 10
 _LINE_CHARACTERS = 300
@@ -32,10 +32,10 @@ _LINE_CHARACTERS = 300
 def free_port() -> int:
     """Return a port of 127.0.0.1 that nobody listens on now.
 
-    It leaves room above: some releases of SGLang add 10,000 to their port for another one.
+    The range leaves room above it, because some releases of SGLang also use the port 10,000 higher.
 
     Raises:
-        ServerError: none of a hundred is free.
+        ServerError: none of a hundred random ports is free.
 
     """
     for port in random.sample(_PORTS, 100):
@@ -54,12 +54,12 @@ class ServerCommand:
 
     Attributes:
         argv: the command.
-        environment: all of its environment.
+        environment: its complete environment.
         url: where it will answer.
         health: the path that answers 200 when it is ready.
         log: the file for what it prints.
         startup_timeout: seconds it may take to become ready.
-        grace: seconds it may take to end when asked to; then it is killed.
+        grace: seconds it may take to end after it is asked to; then it is killed.
         hint: turns the end of the log into advice, or None.
         container: for a command that starts a container, the file with its id and the command that ends it.
 
@@ -77,7 +77,7 @@ class ServerCommand:
 
 
 class Server:
-    """A running server and everything that it started. `stop` ends it all; so does the death of this process."""
+    """A running server and every process that it started. `stop` ends them all; so does the death of this process."""
 
     def __init__(self, command: ServerCommand, on_wait: Callable[[float], None] = lambda _: None) -> None:
         """Start it and wait until it is ready.
@@ -87,17 +87,19 @@ class Server:
             on_wait: called now and then with the seconds waited so far.
 
         Raises:
-            ServerError: it ended, or is not ready in time; with its exit code, the end of its log and a hint.
+            ServerError: it ended or was not ready in time. The message has its exit code or the time waited, the
+                command, the end of the log and a hint.
 
         """
         self.command = command
         command.log.parent.mkdir(parents=True, exist_ok=True)
         container = None if command.container is None else [str(command.container[0]), list(command.container[1])]
         with command.log.open("wb") as log:
-            # Standard input is the supervisor's lifeline: when this process dies, it ends, and so does the server.
+            # Standard input is the supervisor's lifeline: when this process dies, the pipe closes, and the supervisor
+            # ends the server.
             self._supervisor = subprocess.Popen(  # noqa: S603
                 [
-                    *(sys.executable, "-I", supervisor.__file__),  # not by its PYTHONPATH
+                    *(sys.executable, "-I", supervisor.__file__),  # -I: ignore the server's PYTHONPATH
                     *(str(command.grace), json.dumps(container), *command.argv),
                 ],
                 stdin=subprocess.PIPE,
@@ -124,7 +126,7 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """The process that answers for it."""
+        """The process id of its supervisor."""
         return self._supervisor.pid
 
     @property
@@ -138,7 +140,7 @@ class Server:
             raise self.failure(f"the server ended with exit code {self.exit_code}")
 
     def failure(self, what: str) -> ServerError:
-        """Return an error that says what happened, with command, end of the log and a hint."""
+        """Return an error that says what happened, with the command, the end of the log and a hint."""
         tail = self.log_tail()
         advice = self.command.hint(tail)
         lines = [
@@ -152,14 +154,14 @@ class Server:
         return ServerError("\n".join(lines))
 
     def log_tail(self) -> str:
-        """Return the last lines of the log, long ones cut."""
+        """Return the last lines of the log, with long ones truncated."""
         return log_tail(self.log)
 
     def stop(self) -> None:
-        """End the server and everything that it started, and see that all of it is gone.
+        """End the server and every process that it started, and check that all of them are gone.
 
         Raises:
-            ServerError: something of it is still there.
+            ServerError: they did not end in time.
 
         """
         if self._supervisor.poll() is None:
@@ -167,7 +169,7 @@ class Server:
         try:
             self._supervisor.wait(timeout=self.command.grace + _SECONDS_TO_KILL)
         except subprocess.TimeoutExpired:
-            raise self.failure(f"the server does not end; its supervisor is process {self.pid}") from None
+            raise self.failure(f"the server did not end; its supervisor is process {self.pid}") from None
         finally:
             if self._supervisor.stdin is not None:
                 self._supervisor.stdin.close()
@@ -182,7 +184,7 @@ class Server:
                 raise self.failure(f"the server was not ready after {self.command.startup_timeout:g} s")
             on_wait(waited)
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-        self.require_alive()  # somebody else may answer on that port
+        self.require_alive()  # another process may be answering on that port
 
     def _is_ready(self) -> bool:
         try:
@@ -193,7 +195,7 @@ class Server:
 
 
 def log_tail(log: Path) -> str:
-    """Return the last 40 lines of a log, long ones cut to 300 characters; it may be of any size."""
+    """Return the last 40 lines of a log of any size, each truncated to 300 characters."""
     try:
         with log.open("rb") as file:
             size = file.seek(0, 2)

@@ -1,11 +1,13 @@
-"""Runs a command and answers for its whole process tree: `python -I supervisor.py GRACE CONTAINER COMMAND …`.
+"""Runs a command and ends its whole process tree with it: `python -I supervisor.py GRACE CONTAINER COMMAND …`.
 
-The command and everything that it starts are gone when this ends, and this ends when the command does, on SIGTERM
-or SIGINT, or when the other end of standard input is closed: the parent holds that open, so its death, however
-sudden, ends the tree. On Linux descendants that lost their parent come back here (subreaper), so none escapes;
-nobody else's process is ever signalled. A container is no descendant of its client: CONTAINER is JSON, `null` or
-`[FILE, COMMAND]`, the file into which the client writes the container's id and the command that, with the id after it,
-ends the container. The exit code is the command's, or 128 + the signal that ended it.
+When the supervisor ends, the command and every process that it started are gone. The supervisor ends when the command
+does, on SIGTERM, SIGINT or SIGHUP, or when the other end of standard input is closed. The parent holds that end open,
+so its death, however sudden, ends the tree. On Linux, descendants that lose their parent become children of the
+supervisor (a subreaper), so none escapes. No other process is ever signalled.
+
+A container is not a descendant of its client, so CONTAINER says how to end it. It is JSON: `null`, or `[FILE, COMMAND]`
+with the file to which the client writes the container's id, and the command that ends the container when the id is
+appended. The exit code is the command's, or 128 + the signal that ended it.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command until it ends or has to; return its exit code."""
+    """Run the command until it ends or must be ended; return its exit code."""
     grace, container, command = float(arguments[0]), json.loads(arguments[1]), arguments[2:]
     _become_subreaper()
     asked: list[int] = []
@@ -56,7 +58,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parent_is_gone() -> bool:
-    """Look at standard input for a moment; the parent writes nothing, so what can be read is its end."""
+    """Poll standard input briefly; the parent writes nothing, so only the end of input can be read."""
     try:
         readable, _, _ = select.select([0], [], [], _SECONDS_BETWEEN_LOOKS)
         return bool(readable) and os.read(0, 1) == b""
@@ -65,7 +67,7 @@ def _parent_is_gone() -> bool:
 
 
 def _wait(child: subprocess.Popen[bytes], seconds: float) -> None:
-    """Give the command time to end by itself, and its descendants with it."""
+    """Give the command and its descendants time to end by themselves."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and (child.poll() is None or psutil.Process().children(recursive=True)):
         _reap(child)
@@ -73,7 +75,7 @@ def _wait(child: subprocess.Popen[bytes], seconds: float) -> None:
 
 
 def _kill_descendants() -> None:
-    """Kill what is left, again and again, until nothing is: a process may fork while it is being killed."""
+    """Kill the remaining descendants repeatedly until none is left: a process may fork while it is being killed."""
     while left := psutil.Process().children(recursive=True):
         for process in left:
             try:
@@ -84,7 +86,7 @@ def _kill_descendants() -> None:
 
 
 def _kill_container(cidfile: str, kill: list[str]) -> None:
-    """End a container if it was started; one that ended with its client is not there any more."""
+    """End a container if it was started; the command may fail, if the container ended with its client."""
     path = Path(cidfile)
     if path.is_file():
         subprocess.run([*kill, path.read_text().strip()], stdin=subprocess.DEVNULL, check=False)  # noqa: S603
@@ -92,7 +94,7 @@ def _kill_container(cidfile: str, kill: list[str]) -> None:
 
 
 def _reap(child: subprocess.Popen[bytes]) -> None:
-    """Take in adopted processes that ended, which would stay as zombies otherwise."""
+    """Reap adopted processes that ended, which would otherwise stay as zombies."""
     for process in psutil.Process().children():
         if process.pid != child.pid:
             try:

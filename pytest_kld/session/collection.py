@@ -1,4 +1,4 @@
-"""Which tests are gated: marked ones, those that use `kld`, and the built-in one where there is none."""
+"""Which tests are gated: marked ones, those that use `kld`, and the built-in one if there are no others."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def request_fixture_of_marked(collector: pytest.Module | pytest.Class, name: str
 
 
 def parametrize_candidates(metafunc: pytest.Metafunc) -> None:
-    """Run a test that needs candidates once for each, and for each MoE backend, unless it brings its own."""
+    """Run a test that needs candidates once per candidate and MoE backend, unless it brings its own."""
     config = metafunc.config.stash[CONFIG]
     if not config.candidate and not config.moe_backend:
         return
@@ -59,8 +59,8 @@ def parametrize_candidates(metafunc: pytest.Metafunc) -> None:
 
     for fixture, values in (("kld_candidate", candidates_of(config)), ("kld_moe_backend", config.moe_backend)):
         if not values or fixture not in metafunc.fixturenames:
-            continue  # no candidates would mean a skip to pytest; the fixture makes it an error
-        # A test's own parametrization, or that of a fixture that overrides ours, is there by now: a second is refused.
+            continue  # pytest would skip a test that is parametrized over nothing; the fixture raises an error instead
+        # A test's own parametrization, or that of a fixture that overrides ours, exists by now: a second is rejected.
         with suppress(_DUPLICATE):
             metafunc.parametrize(fixture, values, indirect=True, scope="session", ids=_id)
 
@@ -75,9 +75,9 @@ def builtin_gate_at(path: Path, parent: pytest.Collector) -> BuiltinGate | None:
 
 
 def add_builtin_gate(session: pytest.Session, items: list[pytest.Item]) -> None:
-    """Add the built-in gate where nobody wrote a test for the candidates.
+    """Add the built-in gate if no collected test is gated.
 
-    It is for candidates on the command line, or in the ini file of a directory without any test.
+    It gates candidates on the command line, or those in the ini file of a directory without any test.
 
     Raises:
         pytest.UsageError: candidates without a reference, or limits on the command line with nothing to gate.
@@ -96,13 +96,13 @@ def add_builtin_gate(session: pytest.Session, items: list[pytest.Item]) -> None:
     elif config.given_limits:
         _refuse(
             session,
-            f"{config.given_limits[0]} is given and there is nothing to gate: give --kld-ref=MODEL and "
+            f"{config.given_limits[0]} is given, but there is nothing to gate: give --kld-ref=MODEL and "
             "--kld-candidate=MODEL, or collect a test that uses the kld marker or fixture",
         )
 
 
 def _refuse_gate_without_models(session: pytest.Session, config: KLDConfig, gated: list[pytest.Item]) -> None:
-    """Refuse the built-in gate, which was asked for by its address, if nobody says what it should compare."""
+    """Reject the built-in gate, requested by its address, if the models that it should compare are not given."""
     builtin = [item for item in gated if isinstance(item.parent, BuiltinGate)]
     if not builtin:
         return
@@ -121,35 +121,35 @@ def _refuse_gate_without_models(session: pytest.Session, config: KLDConfig, gate
 
 
 def _refuse_unmeasured(session: pytest.Session, config: KLDConfig, gated: list[pytest.Item]) -> None:
-    """Refuse candidates on the command line that no test measures: the session would pass without them."""
+    """Reject candidates on the command line that no test measures: the session would pass without them."""
     if not config.given_candidates:
         return
     from pytest_kld.session.subjects import candidate_of, candidates_of
 
     measured = [candidate_of(item).model for item in gated]
-    if None in measured:  # a fixture of the project's own decides, and may well use them
+    if None in measured:  # one of the project's own fixtures decides, and it may use them
         return
     for subject in candidates_of(config):
         if subject.model not in measured:
             _refuse(
                 session,
-                f"--kld-candidate={subject.name} is given and no collected test measures it: the gated tests name "
-                "their own candidates. Leave the option out, or collect a test that leaves kld_candidate alone.",
+                f"--kld-candidate={subject.name} is given, but no collected test measures it: the gated tests name "
+                "their own candidates. Omit the option, or collect a test that does not name its own.",
             )
 
 
 def mark_gated(items: list[pytest.Item]) -> None:
-    """Mark what is gated by its fixture alone, so that `-m kld` selects every gate and `-m "not kld"` none."""
+    """Mark tests that are gated only by their fixture, so that `-m kld` selects every gate and `-m "not kld"` none."""
     for item in items:
         if is_gated(item) and item.get_closest_marker("kld") is None:
             item.add_marker(pytest.mark.kld)
 
 
 def refuse_idle_markers(session: pytest.Session, items: list[pytest.Item]) -> None:
-    """Refuse markers that arrived where they gate nothing: the test would pass unmeasured.
+    """Reject markers that gate nothing: the test would pass without being measured.
 
     Raises:
-        pytest.UsageError: names the test, and the marker's valid arguments where one is wrong.
+        pytest.UsageError: names the test, and the marker's valid arguments if one is wrong.
 
     """
     for item in items:
@@ -162,22 +162,22 @@ def refuse_idle_markers(session: pytest.Session, items: list[pytest.Item]) -> No
             _refuse(
                 session,
                 f"{item.nodeid}: the kld marker cannot gate this test. It works on functions, on methods of plain "
-                "classes (not of unittest.TestCase) and on modules; where it is added later (by a hook, or to a single "
-                "parameter set) the test must use the kld fixture as well.",
+                "classes (not of unittest.TestCase) and on modules. If it is added later (by a hook, or to a single "
+                "parameter set), the test must use the kld fixture as well.",
             )
 
 
 class BuiltinGate(pytest.Module):
-    """The module with the built-in gate, whatever the project calls its own test functions."""
+    """The module with the built-in gate, collected whatever names the project gives its own test functions."""
 
     def _getobj(self) -> ModuleType:
-        """Return the module, which need not be imported from a path as a user's own test is."""
+        """Return the module; unlike a user's test, it need not be imported from a path."""
         from pytest_kld import gate_only
 
         return gate_only
 
     def istestfunction(self, obj: object, name: str) -> bool:  # noqa: ARG002
-        """Accept the one function that is meant."""
+        """Accept only the gate's function."""
         return name == "test_kld"
 
 
@@ -190,7 +190,7 @@ def _builtin_gate(session: pytest.Session) -> BuiltinGate:
 
 
 def _refuse(session: pytest.Session, message: str) -> None:
-    """End the session with a usage error; in xdist's workers with an error of the collection, which gets through."""
+    """End the session with a usage error; in xdist's workers, report a collection error, which reaches the user."""
     if not hasattr(session.config, "workerinput"):
         raise pytest.UsageError(message)
     report = pytest.CollectReport(nodeid="kld", outcome="failed", longrepr=message, result=[])

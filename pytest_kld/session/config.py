@@ -1,4 +1,4 @@
-"""The one frozen KLDConfig that options and ini keys are built into. Nothing else asks pytest for options."""
+"""The frozen KLDConfig, which is built from options and ini keys. Nothing else asks pytest for these."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ Metrics = Literal["core", "all"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KLDConfig:
-    """Everything the plugin was told, checked and with defaults filled in. Fields are named as the options.
+    """All settings of the plugin, checked and with defaults filled in. Fields are named like the options.
 
     Attributes:
         ref: the reference, or None.
         candidate: the candidates, in the order given.
         dataset: the datasets, in the order given; relative paths start from `base`.
-        windows: number of windows, the greatest where `adaptive`; None means all that the text gives.
-        adaptive: whether to stop at fewer windows, once every limit is decided.
-        confidence: of the intervals that are held against the limits; None holds the figures themselves.
+        windows: number of windows, the maximum if `adaptive`; None means as many as the text yields.
+        adaptive: whether to stop at fewer windows once every limit is decided.
+        confidence: the level of the intervals that are compared with the limits; None compares the figures themselves.
         inconclusive: outcome of a test that the intervals leave undecided.
-        bounds: limits by name, command line over ini over default.
-        given_limits: options of limits that stand on the command line.
-        given_cache_dir: what --kld-cache-dir says; `cache_dir` is where the cache is.
-        given_candidates: whether candidates stand on the command line.
+        bounds: limits by name; the command line wins over the ini file, which wins over the default.
+        given_limits: the limit options that are given on the command line.
+        given_cache_dir: the value of --kld-cache-dir, or None; `cache_dir` is the directory of the cache.
+        given_candidates: whether candidates are given on the command line.
         base: the directory in which pytest was called.
-        started: when the session began, in seconds since the epoch; what is older gives way to --kld-refresh.
+        started: when the session began, in seconds since the epoch; --kld-refresh replaces entries older than this.
 
     """
 
@@ -101,10 +101,10 @@ class KLDConfig:
 
 
 _TUPLES = {option.name for option in OPTIONS if option.repeatable} | {"ref_args", "candidate_args"}
-"""Settings that are empty, not None, where nobody gives them."""
+"""Settings that are empty, not None, if unset."""
 
 _INI_VALUE: Any = str | int | float if pytest.version_tuple >= (9, 2) else "string"
-"""Numbers too, so that native TOML may say `kld_max_mean = 0.05`; older pytests know one type a key."""
+"""Includes numbers, so that native TOML may say `kld_max_mean = 0.05`; older pytest allows one type per key."""
 
 CONFIG = pytest.StashKey[KLDConfig]()
 
@@ -155,8 +155,8 @@ def build_config(config: pytest.Config) -> KLDConfig:
     _check_reports({name: path for name, path in reports.items() if path is not None}, config)
     if values["skip_first"] > values["window_size"] - 2:
         raise pytest.UsageError(
-            f"--kld-skip-first: {values['skip_first']} positions leave none that predicts a token in windows of "
-            f"{values['window_size']} tokens; give at most {values['window_size'] - 2}"
+            f"--kld-skip-first: skipping {values['skip_first']} positions leaves none that predicts a token in windows "
+            f"of {values['window_size']} tokens; give at most {values['window_size'] - 2}"
         )
     by_limit: dict[str, float | None] = {name: value for name in LIMITS if (value := values.pop(name)) is not None}
     from_options = [option.option for option in OPTIONS if option.name in LIMITS and option.name in given]
@@ -170,7 +170,7 @@ def build_config(config: pytest.Config) -> KLDConfig:
     values["windows"], values["adaptive"] = values["windows"]
     if values["adaptive"] and len(values["dataset"]) > 1:
         raise pytest.UsageError(
-            "--kld-windows=auto goes on along one text; give one --kld-dataset, or a number of windows"
+            "--kld-windows=auto works on a single dataset; give one --kld-dataset, or a number of windows"
         )
     values["confidence"] = values["confidence"] or (0.95 if values["adaptive"] else None)
     return KLDConfig(
@@ -192,13 +192,13 @@ def _parse(option: Option, raw: Any, source: str, base: Path) -> Any:
         specs = tuple(option.parse(str(value), base) for value in raw)
         if repeated := [value for value, spec in zip(raw, specs, strict=True) if specs.count(spec) > 1]:
             raise ValueError(f"{repeated[-1]!r} is given twice")
-    except (ValueError, OSError, RuntimeError) as error:  # a name too long, or links in a circle
+    except (ValueError, OSError, RuntimeError) as error:  # e.g. a name that is too long, or a loop of links
         raise pytest.UsageError(plain(f"{source}: {error}", keep=LINES)) from None
     return specs
 
 
 def _check_reports(paths: Mapping[str, Path], config: pytest.Config) -> None:
-    """Refuse two reports at one path: the second would replace the first.
+    """Reject two reports at one path: the second would replace the first.
 
     Raises:
         pytest.UsageError: names both options and the path.
@@ -211,20 +211,20 @@ def _check_reports(paths: Mapping[str, Path], config: pytest.Config) -> None:
         for other, taken in known.items():
             if path == taken or (path.exists() and taken.exists() and path.samefile(taken)):
                 raise pytest.UsageError(
-                    plain(f"{name}: the report of {other} goes to {path}, too; give each report a path of its own")
+                    plain(f"{name}: {other} writes its report to {path}, too; give each report a path of its own")
                 )
         known[name] = path
 
 
 def _check_servers(values: dict[str, Any]) -> None:
-    """Refuse options that contradict each other."""
+    """Reject options that contradict each other."""
     candidates, urls = values["candidate"] or (), values["candidate_url"] or ()
     if urls and len(urls) != len(candidates):
         raise pytest.UsageError(
             f"--kld-candidate-url: {len(urls)} URLs for {len(candidates)} candidates; give one for each, in their order"
         )
     if values["moe_backend"] and (urls or values["engine"] == "transformers"):
-        raise pytest.UsageError("--kld-moe-backend needs SGLang servers that are booted here, one for each backend")
+        raise pytest.UsageError("--kld-moe-backend needs SGLang servers that pytest-kld boots, one for each backend")
     if (urls or values["ref_url"]) and not values["capture_dir"]:
         raise pytest.UsageError(
             "--kld-ref-url and --kld-candidate-url need --kld-capture-dir: the directory that the server's environment "

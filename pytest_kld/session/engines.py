@@ -1,4 +1,4 @@
-"""Which engine runs the models. Imports no engine before one is made."""
+"""Choose and create the engine that runs the models. No engine is imported before it is created."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def pick_engine(config: KLDConfig) -> str:
-    """Return `sglang` or `transformers`: what was asked for, or SGLang if there is one."""
+    """Return `sglang` or `transformers`: the requested engine, or SGLang if it is installed or named."""
     if config.engine != "auto":
         return config.engine
     told = config.sglang_command or config.ref_url or config.candidate_url
@@ -34,7 +34,7 @@ def describe_engine(config: KLDConfig) -> str:
 
 
 def make_engine(name: str, config: KLDConfig, progress: Progress) -> Engine:
-    """Make an engine by its name; it boots and loads nothing yet."""
+    """Create an engine by its name; it boots and loads nothing yet."""
     if name == "transformers":
         from pytest_kld.engines.transformers import TransformersEngine
 

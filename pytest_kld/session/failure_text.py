@@ -1,4 +1,4 @@
-"""What pytest shows of a test that did not pass, with the control characters of names and messages spelled out."""
+"""Spell out the control characters of names and messages in what pytest shows of a test that did not pass."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def escape_failure(report: pytest.TestReport) -> None:
 
 
 def _escaped(value: Any) -> Any:
-    """Escape every text in what pytest can make of an exception: a text, a place with a reason, or a traceback."""
+    """Escape every text in pytest's representation of an exception: a text, a location and reason, or a traceback."""
     if isinstance(value, str):
         return plain(value, keep=LINES)
     if isinstance(value, tuple | list):
@@ -32,5 +32,5 @@ def _escaped(value: Any) -> Any:
 
 
 def _last_written(text: str) -> str:
-    """Return what a terminal would show of lines that were rewritten, as progress bars do."""
+    """Return what a terminal would show after lines were overwritten, as progress bars do."""
     return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))

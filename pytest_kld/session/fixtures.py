@@ -27,18 +27,18 @@ if TYPE_CHECKING:  # imported by the fixtures that need them: a session without 
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """What a test is held to: the figures, and the limits that it had when they were measured."""
+    """A test's figures, and the limits that the test had when they were measured."""
 
     kld: KLD
     bounds: Mapping[str, float]
 
 
 GATE = pytest.StashKey[Gate]()
-"""What was measured for a test; not there if nothing was."""
+"""What was measured for a test; absent if nothing was."""
 
 
 def has_result(item: pytest.Item) -> bool:
-    """Tell whether a test has a result to report: it is gated, or got a gate or a marker as it ran."""
+    """Tell whether a test has a result to report: it is gated, or it gained a gate or a marker while it ran."""
     return is_gated(item) or GATE in item.stash or item.get_closest_marker("kld") is not None
 
 
@@ -54,9 +54,9 @@ def is_gated(item: pytest.Item) -> bool:
 
 @contextmanager
 def _measuring() -> Iterator[None]:
-    """Report what makes a measurement impossible as an error of the set-up: the message, without a traceback.
+    """Report an error that prevents a measurement as a set-up error: its message, without a traceback.
 
-    Warnings of the libraries that load models stay warnings, whatever the project's filters make of its own.
+    Warnings from the libraries that load models stay warnings, whatever the project's warning filters are.
     """
     try:
         with warnings.catch_warnings():
@@ -68,13 +68,13 @@ def _measuring() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def kld_config(request: pytest.FixtureRequest) -> KLDConfig:
-    """Everything the plugin was told, checked and frozen."""
+    """All options and ini keys, checked and frozen."""
     return request.config.stash[CONFIG]
 
 
 @pytest.fixture(scope="session")
 def kld_reference_args() -> Mapping[str, Any]:
-    """Override: the engine's arguments for the reference, e.g. `{"attn_implementation": "eager"}`.
+    """Override this to give the engine arguments for the reference, e.g. `{"attn_implementation": "eager"}`.
 
     The transformers engine passes them to `from_pretrained`. They are part of the cache key.
     """
@@ -83,13 +83,13 @@ def kld_reference_args() -> Mapping[str, Any]:
 
 @pytest.fixture(scope="session")
 def kld_candidate_args() -> Mapping[str, Any]:
-    """Override: the engine's arguments for candidates, e.g. `{"quantization_config": …}`."""
+    """Override this to give the engine arguments for candidates, e.g. `{"quantization_config": …}`."""
     return {}
 
 
 @pytest.fixture(scope="session")
 def kld_server_args() -> Mapping[str, Sequence[str]]:
-    """Override: further flags for SGLang's servers, by role or by a model's name.
+    """Override this to give SGLang's servers further flags, by role or by a model's name.
 
     For example `{"reference": ["--tp", "8"], "nvidia/NVFP4": ["--quantization", "modelopt_fp4"]}`.
     """
@@ -98,19 +98,19 @@ def kld_server_args() -> Mapping[str, Sequence[str]]:
 
 @pytest.fixture(scope="session")
 def kld_server_env() -> Mapping[str, Mapping[str, str]]:
-    """Override: further environment variables for SGLang's servers, e.g. `{"candidate": {"NCCL_P2P_LEVEL": "SYS"}}`.
+    """Override this to set further environment variables for SGLang's servers.
 
-    Keys are roles or models' names, as in `kld_server_args`.
+    For example `{"candidate": {"NCCL_P2P_LEVEL": "SYS"}}`. Keys are roles or models' names, as in `kld_server_args`.
     """
     return {}
 
 
 @pytest.fixture(scope="session")
 def kld_moe_backend(request: pytest.FixtureRequest) -> str | None:
-    """The MoE runner backend that a candidate is served with; None leaves it to SGLang.
+    """The MoE runner backend that a candidate is served with; None leaves the choice to SGLang.
 
     Parametrized over `--kld-moe-backend`; a test's own
-    `@pytest.mark.parametrize("kld_moe_backend", ["triton", …], indirect=True)` takes the place of that.
+    `@pytest.mark.parametrize("kld_moe_backend", ["triton", …], indirect=True)` replaces that.
     """
     backend: str | None = getattr(request, "param", None)
     return backend
@@ -147,11 +147,11 @@ def _kld_overrides(
 def kld_server(
     kld_config: KLDConfig, _kld_measurement: Measurement, _kld_overrides: Overrides
 ) -> Callable[..., ServerHandle]:
-    """A function that boots a SGLang server with the hook on first use and returns its handle.
+    """A function that boots an SGLang server with the hook on first use and returns its handle.
 
-    Call it with a model as on the command line, and optionally `role="reference"` (flags and environment of the
-    reference; by default the candidates') and `moe_backend`. A server is shut down when another needs its GPUs,
-    before a comparison, and at the end; call the function again for a running one.
+    Call it with a model, named as on the command line. `role="reference"` uses the flags and environment of the
+    reference; the default is those of the candidates. `moe_backend` is optional. A server is shut down when another
+    needs its GPUs, before a comparison, and at the end; call the function again to get a running one.
     """
     from pytest_kld.session.subjects import find_subject
     from pytest_kld.subjects.subject import MOE_BACKEND
@@ -167,7 +167,7 @@ def kld_server(
 
 @pytest.fixture(scope="session")
 def kld_windows(_kld_measurement: Measurement) -> Windows:
-    """The token windows that both sides are run on; with --kld-windows=auto the most that there may be."""
+    """The token windows that both sides run on; with --kld-windows=auto, all that may be used."""
     with _measuring():
         return _kld_measurement.windows()
 
@@ -202,7 +202,7 @@ def kld_candidate(
     """The capture of each candidate in turn, from the cache or made now.
 
     Parametrized over `--kld-candidate`; a test's own
-    `@pytest.mark.parametrize("kld_candidate", ["MODEL", …], indirect=True)` takes the place of that.
+    `@pytest.mark.parametrize("kld_candidate", ["MODEL", …], indirect=True)` replaces that.
     """
     from pytest_kld.session.subjects import find_subject
     from pytest_kld.subjects.subject import MOE_BACKEND
@@ -218,7 +218,7 @@ def kld_candidate(
 
 
 def _only_candidate(config: KLDConfig) -> Subject:
-    """Return the candidate of a test that pytest could not run once for each: it asked for the fixture as it ran."""
+    """Return the only candidate, for a test that requested the fixture while it ran, too late to be parametrized."""
     from pytest_kld.session.subjects import candidates_of
 
     candidates = candidates_of(config)
@@ -226,7 +226,7 @@ def _only_candidate(config: KLDConfig) -> Subject:
         raise ModelError("there is no candidate: give --kld-candidate=MODEL, or kld_candidate in the ini file")
     if len(candidates) > 1:
         raise ModelError(
-            f"there are {len(candidates)} candidates and this test runs once, since it gets its fixtures with "
+            f"there are {len(candidates)} candidates, but this test runs only once, because it gets its fixtures with "
             "`request.getfixturevalue`. Mark it with `pytest.mark.kld`, or name `kld` as an argument."
         )
     return candidates[0]
@@ -242,9 +242,9 @@ def _kld_gate(
     kld_candidate: Capture,
     _kld_overrides: Overrides,
 ) -> KLD:
-    """The gate: what it returns is held against the limits after the test's body, whoever asked for it.
+    """The gate: its figures are checked against the limits after the test's body, whoever requested it.
 
-    It is apart from `kld`, so that a project's own fixture of that name does not switch the gate off.
+    It is separate from `kld`, so that a project's own fixture of that name does not switch the gate off.
     """
     from pytest_kld.diagnosis import diagnose
     from pytest_kld.session.kld import KLD
@@ -254,8 +254,8 @@ def _kld_gate(
         if isinstance(kld_candidate, str):
             raise ModelError(f"kld_candidate is {kld_candidate!r}, a name: parametrize it with indirect=True")
         _require_used(request, _kld_overrides)
-        # Scores are no session fixture: a directory may override what they are made of, and pytest would go on with
-        # the scores of the directory before.
+        # Scores are not a session fixture: a directory may override what they are computed from, and pytest would
+        # reuse the scores of the previous directory.
         scores, spend = _scores(request, _kld_measurement, kld_windows, kld_reference, kld_candidate)
         bounds = bounds_of(request.node, kld_config)
         library = _kld_measurement.library
@@ -286,7 +286,7 @@ def _scores(
     reference: Capture,
     candidate: Capture,
 ) -> tuple[Scores, float]:
-    """Return the scores, and the share of the error that intervals of them may spend."""
+    """Return the scores, and the share of the error that their intervals may spend."""
     config = measurement.config
     gated = [item for item in request.session.items if is_gated(item)]
     extended = config.metrics == "all" or any(needs_extended(bounds_of(item, config)) for item in gated)
@@ -302,12 +302,12 @@ def _scores(
 
 
 def _require_used(request: pytest.FixtureRequest, used: Overrides) -> None:
-    """Refuse a test that sees other arguments than the ones its captures were made with.
+    """Reject a test that sees other arguments than the ones its captures were made with.
 
-    pytest makes a session fixture once, whatever the directories below override.
+    pytest creates a session fixture once, even if subdirectories override what it uses.
 
     Raises:
-        ModelError: names the fixture that is overridden for a part of the tests only.
+        ModelError: names the fixture that is overridden for some of the tests only.
 
     """
     for fixture, arguments in (
@@ -318,13 +318,13 @@ def _require_used(request: pytest.FixtureRequest, used: Overrides) -> None:
     ):
         if request.getfixturevalue(fixture) != arguments:
             raise ModelError(
-                f"{fixture} is overridden for a part of the tests, and the models ran with other arguments. Override "
-                "it for the whole session, or run the tests of each part apart."
+                f"{fixture} is overridden for some of the tests only, but the models ran with other arguments. "
+                "Override it for the whole session, or run each of these groups of tests in its own session."
             )
 
 
 def bounds_of(item: pytest.Item, config: KLDConfig) -> dict[str, float]:
-    """Return a test's limits: each from the closest marker that names it, else its Subject, options, ini, default."""
+    """Return a test's limits: each from the closest marker that names it, else from Subject, option, ini or default."""
     from pytest_kld.session.subjects import candidate_of
 
     markers = [parse_marker(mark.args, mark.kwargs) for mark in item.iter_markers("kld")]

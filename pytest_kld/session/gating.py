@@ -1,4 +1,4 @@
-"""What happens to a gated test as it runs."""
+"""What happens to a gated test while it runs."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ if TYPE_CHECKING:  # imported by what needs them: a session without a gate does 
 
 _SETUP_SECONDS = pytest.StashKey[float]()
 _BODY_PASSED = pytest.StashKey[bool]()
-"""Set when the limits decide over the test, so that it is not taken for a failure or a skip of the body."""
+"""Set when the limits decide a test's outcome, so that it is not mistaken for a failure or a skip of the body."""
 
 _OUTCOMES: dict[str, Outcome] = {"fail": "failed", "pass": "passed", "skip": "skipped"}
 
 
 def check_limits(item: pytest.Item) -> None:
-    """Fail the test if a figure is over its limit; if that is undecided, do what --kld-inconclusive says.
+    """Fail the test if a figure is outside its limit; if a limit is undecided, do what --kld-inconclusive says.
 
-    Does nothing for tests that are not gated. A marker that arrived while the test ran must not pass unchecked.
+    Does nothing for tests that are not gated, but fails a test that gained a marker while it ran: its limits must not
+    go unchecked.
     """
     kld = _kld_of(item)
     if kld is None:
         if item.get_closest_marker("kld"):
             pytest.fail(
-                f"{item.nodeid} has a kld marker, and nothing was measured: its limits were not checked. "
+                f"{item.nodeid} has a kld marker, but nothing was measured, so its limits were not checked. "
                 "Set the marker before the test runs, or use the kld fixture.",
                 pytrace=False,
             )
         return
     if bounds_of(item, item.config.stash[CONFIG]) != item.stash[GATE].bounds:
         pytest.fail(
-            f"{item.nodeid}: its kld markers changed after its figures were drawn, so the new limits were not "
+            f"{item.nodeid}: its kld markers changed after its figures were computed, so the new limits were not "
             "checked. Set markers before the kld fixture is used.",
             pytrace=False,
         )
@@ -52,14 +53,14 @@ def check_limits(item: pytest.Item) -> None:
 
 
 def explain(kld: KLD, verdict: Verdict) -> str:
-    """Return the words of a verdict."""
+    """Return the explanation of a verdict."""
     return verdict.explain(kld.candidate, kld.reference, kld.summary.to_json())
 
 
 def attach_result(item: pytest.Item, report: pytest.TestReport) -> None:
-    """Put the result on the report of the phase that decided it, where reports and xdist find it.
+    """Attach the result to the report of the phase that decided it, so that reports and xdist find it.
 
-    A test that is skipped is not gated and has no result. One that is expected to fail has: it was measured.
+    A test that is skipped is not gated and has no result. A test that is expected to fail has one: it was measured.
     """
     if report.when == "setup":
         item.stash[_SETUP_SECONDS] = report.duration

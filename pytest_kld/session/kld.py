@@ -25,12 +25,12 @@ class KLD:
     Attributes:
         reference: the reference's name.
         candidate: the candidate's name, with its axes.
-        subjects: the Subjects of both: what was run, by `reference` and `candidate`.
+        subjects: the Subjects of both, that is, what was run, under `reference` and `candidate`.
         bounds: the limits that are checked after the test's body, by name.
-        each_dataset: whether they hold for each of several datasets too.
+        each_dataset: whether the limits also apply to each of several datasets.
         scores: the table per position, without the positions that `--kld-skip-first` leaves out.
         datasets: every figure of each dataset, by its name.
-        summary: every figure; of several datasets, their macro average.
+        summary: every figure; with several datasets, their macro average.
         intervals: a confidence interval of each figure that has one; empty without --kld-confidence.
         diagnosis: where the candidate departs from the reference, see `diagnosis.Diagnosis`.
 
@@ -47,10 +47,10 @@ class KLD:
         confidence: float | None = None,
         spend: float = 1.0,
     ) -> None:
-        """Draw the figures from the scores. See `uncertainty.intervals` for `spend`.
+        """Compute the figures from the scores. See `uncertainty.intervals` for `spend`.
 
         Raises:
-            ScoresError: there is nothing to draw them from, or a figure that has a limit is missing.
+            ScoresError: there is nothing to compute them from, or a figure that has a limit is missing.
 
         """
         from pytest_kld.figures.scores import Summary
@@ -82,7 +82,7 @@ class KLD:
         )
 
     def verdict(self) -> Verdict:
-        """Hold the figures against the limits."""
+        """Check the figures against the limits."""
         windows = len(self.scores.columns["flags"])
         checks = judge(self.summary.to_json(), self.bounds, intervals=self.intervals, windows=windows).checks
         if self.each_dataset and len(self.datasets) > 1:
@@ -156,7 +156,7 @@ class KLD:
 
     @property
     def log_ppl_ratio(self) -> Figure:
-        """Its natural logarithm, in nats."""
+        """Natural logarithm of `ppl_ratio`, in nats."""
         return self._figure("log_ppl_ratio")
 
     @property
@@ -166,7 +166,7 @@ class KLD:
 
     @property
     def flips(self) -> Figure:
-        """Share of the positions where the reference is confident at which the top token changed."""
+        """Share of positions with a changed top token, among those where the reference is confident."""
         return self._figure("flips")
 
     @property

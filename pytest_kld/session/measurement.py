@@ -1,4 +1,4 @@
-"""A session's measurement: obtains windows, captures and scores, from the cache where it has them."""
+"""A session's measurement: obtains windows, captures and scores, from the cache if it has them."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Measurement:
         return model.identity(self.digests, trust_remote_code=self.config.trust_remote_code)
 
     def close(self) -> None:
-        """Shut down what runs, and keep the cache within its size.
+        """Shut down the engines, and keep the cache within its size.
 
         Raises:
             CacheError: an entry cannot be removed.
@@ -100,8 +100,8 @@ class Measurement:
             self.progress.note(f"removed {removed} entries from the cache, which holds {format_bytes(left)} now")
         if left > self.config.cache_size:
             self.progress.note(
-                f"the cache holds {format_bytes(left)}, more than --kld-cache-size: what is left is in use, "
-                "or was within 24 hours"
+                f"the cache holds {format_bytes(left)}, more than --kld-cache-size: its remaining entries are in use, "
+                "or were used in the last 24 hours"
             )
 
     @cached_property
@@ -129,14 +129,14 @@ class Measurement:
 
     @cached_property
     def tokens(self) -> Tokens | None:
-        """What the tokenizer says about ids; None where a project's own windows do without one."""
+        """What the tokenizer says about ids; None if a project's own windows need no tokenizer."""
         try:
             return Tokens.of(self.tokenizer)
         except ModelError:
             return None
 
     def windows(self) -> Windows:
-        """Load each dataset and cut it, once every model that is named is known to be there."""
+        """Check that every named model exists, then load each dataset and cut it into windows."""
         config = self.config
         for model in (config.ref, *config.candidate):
             if model is not None and not is_capture(model.path):
@@ -159,7 +159,7 @@ class Measurement:
         )
 
     def serve(self, subject: Subject) -> ServerHandle:
-        """Return a server for a Subject: the one that runs, or a new one.
+        """Return a server for a Subject: the one that is running, or a new one.
 
         Raises:
             ServerError: the engine has no servers, or it does not boot.
@@ -181,8 +181,7 @@ class Measurement:
     def candidate_capture(self, subject: Subject, windows: Windows, reference: Capture) -> Capture:
         """Return a candidate's capture, from the cache or made now; with --kld-windows=auto of the first round.
 
-        Before the candidate's model is loaded, the reference's capture is verified: what was expensive should not
-        turn out to be in vain.
+        The reference's capture is verified before the candidate's model is loaded, so that no expensive run is wasted.
         """
         if not is_capture(subject.spec.path):
             self._check_tokens(subject.pin(), windows)
@@ -210,8 +209,8 @@ class Measurement:
     ) -> Scores:
         """Return the scores of a pair: those saved, without touching a capture's contents, or computed now.
 
-        Saved scores without the extended columns give way to scores that have them, if these are needed. `known` are
-        scores of the same pair's first windows. A damaged capture, or damaged scores, of the cache are made anew.
+        Saved scores that lack the extended columns are replaced if those columns are needed. `known` are scores of the
+        same pair's first windows. Damaged captures and damaged scores in the cache are recreated.
 
         Raises:
             DamagedCaptureError: a capture that was named by its path is damaged.
@@ -236,11 +235,11 @@ class Measurement:
         with self.cache.lock(path, lambda: self._say_waiting(f"scores of {candidate.name}")):
             saved = self._saved_scores(path, key)
             if saved is not None and (saved.extended or not extended):
-                # The token ids are the same, but their datasets may be called otherwise by now.
+                # The token ids are the same, but their datasets may have other names by now.
                 return replace(saved, about={**saved.about, "protocol": windows.protocol()})
             for capture in (reference, candidate):
                 self.library.verify(capture)
-            self._close_engines()  # a comparison wants the memory that a server holds
+            self._close_engines()  # a comparison needs the memory that a server holds
             device = pick_device(config.device)
             with lease_device(str(device), os.environ, lease_directory(), lambda: self._say_leased(device)):
                 scores = compare(
@@ -278,7 +277,7 @@ class Measurement:
         return rounds_of(windows) if self.config.adaptive else [windows]
 
     def _check_candidates(self, windows: Windows) -> None:
-        """Find what is wrong with a candidate before the reference is run, which may take hours."""
+        """Find problems with a candidate before the reference runs, which may take hours."""
         for subject in candidates_of(self.config):
             if not is_capture(subject.spec.path):
                 pinned = subject.pin()
@@ -290,13 +289,13 @@ class Measurement:
         require_fits(self.engine(subject.engine).facts(subject), windows, subject.label)
 
     def _check_tokens(self, subject: Subject, windows: Windows) -> None:
-        """Refuse a candidate to which the ids mean something else, unless a tokenizer was named for both sides."""
+        """Reject a candidate that gives the ids another meaning, unless a tokenizer was named for both sides."""
         if self.config.tokenizer is not None:
             return
         theirs = load_tokenizer_if_any(subject.spec, trust_remote_code=self.config.trust_remote_code)
-        if theirs is None:  # it is run on the reference's ids, as every other is
+        if theirs is None:  # it runs on the reference's ids, like every candidate
             self.progress.note(
-                f"{subject.name} has no tokenizer, so nothing shows that token ids mean the same to it as to "
+                f"{subject.name} has no tokenizer, so it is unknown whether its token ids mean the same as those of "
                 f"{windows.tokenizer}"
             )
             return

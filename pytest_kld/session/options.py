@@ -1,4 +1,4 @@
-"""Every option and ini key there is: its name, its help, and how its text becomes a value."""
+"""Every option and ini key: its name, its help, and how its text is parsed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pytest_kld.errors import ServerError
 from pytest_kld.gate.limits import LIMITS, Limit
 from pytest_kld.gate.number import decimal_number, shown, whole_number
 
-if TYPE_CHECKING:  # imported by what parses: a session that gives no such option does not pay for them
+if TYPE_CHECKING:  # imported when parsing: sessions without such options do not pay for them
     from pytest_kld.subjects.model import ModelSpec
 
 
@@ -25,11 +25,11 @@ class Option:
     Attributes:
         name: with underscores, e.g. `window_size`.
         help: one sentence for `--help`; the default is appended.
-        metavar: what the value is called in `--help`.
+        metavar: the placeholder for the value in `--help`.
         default: its text, as a user would write it; None means unset.
-        parse: turns text into the value; raises ValueError with what is valid. Takes the directory that
-            relative paths start from.
-        repeatable: may be given several times; in ini files one value a line.
+        parse: converts text to the value; raises ValueError, whose message says what is valid. The second argument
+            is the directory that relative paths start from.
+        repeatable: may be given several times; in ini files, one value per line.
         flag: takes no value.
 
     """
@@ -57,7 +57,7 @@ _MOST_WINDOWS = 10_000_000
 _LONGEST_WINDOW = 10_000_000
 """In tokens: as long as the longest contexts that models are made for."""
 _LONGEST_STRIDE = 1_000_000_000
-"""In tokens: with it the start of the last of the most windows still is a 64-bit number."""
+"""In tokens: at this stride, the start of the last of `_MOST_WINDOWS` windows still fits in 64 bits."""
 _LONGEST_WAIT = 1_000_000
 """In seconds: eleven days."""
 _GREATEST_CONFIDENCE = 0.999999
@@ -71,7 +71,7 @@ def _path(text: str, base: Path) -> Path:
 
 
 def _in_utf8(path: Path) -> Path:
-    """Refuse a path that safetensors could not open, before anything is measured."""
+    """Reject a path that safetensors could not open, before anything is measured."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -89,13 +89,13 @@ def _model(text: str, base: Path) -> ModelSpec:
 
 
 def parse_report(text: str, base: Path) -> Path:
-    """Refuse now what could not be written when everything is measured. A link to a regular file is written through."""
+    """Reject now what could not be written after the measurement. A link to a regular file is followed."""
     from pytest_kld.files import TEMPORARY_SUFFIX_BYTES
 
     named = base / Path(text).expanduser()
     path = named.resolve()
-    if named.exists() and not named.is_file():  # before it is resolved: /dev/stdout may lead to no path at all
-        raise ValueError(f"expected a file that can be written, got {text!r} ({path}), which is no regular file")
+    if named.exists() and not named.is_file():  # checked before resolving: /dev/stdout may lead to no path at all
+        raise ValueError(f"expected a file that can be written, got {text!r} ({path}), which is not a regular file")
     above = next(parent for parent in path.parents if parent.exists())
     too_long = len(os.fsencode(path.name)) > os.pathconf(above, "PC_NAME_MAX") - TEMPORARY_SUFFIX_BYTES
     if too_long or not path.name or not above.is_dir() or not os.access(above, os.W_OK):
@@ -104,7 +104,7 @@ def parse_report(text: str, base: Path) -> Path:
 
 
 def _dataset(text: str, base: Path) -> str:
-    """Keep names; give a file that an ini file names as the path from where pytest was called."""
+    """Keep names; make a file named in an ini file relative to the directory in which pytest was called."""
     if not Path(text).suffix:
         return text
     from pytest_kld.text.corpus import CORPUS_FILES
@@ -139,11 +139,11 @@ def _window_count(text: str, base: Path) -> int | None:
     try:
         return None if text == "max" else _whole(1, _MOST_WINDOWS)(text, base)
     except ValueError as error:
-        raise ValueError(f"{error} (or `max`: all that the text gives; or `auto`)") from None
+        raise ValueError(f"{error} (or `max` for as many as the text yields, or `auto`)") from None
 
 
 def _window_plan(text: str, base: Path) -> tuple[int | None, bool]:
-    """Return the greatest number of windows, and whether fewer will do where they decide."""
+    """Return the maximum number of windows, and whether to stop earlier if fewer decide every limit."""
     word, _, most = text.partition(":")
     if word != "auto":
         return _window_count(text, base), False
@@ -221,13 +221,13 @@ OPTIONS: tuple[Option, ...] = (
         metavar="MODEL",
         parse=_model,
         repeatable=True,
-        help="Candidate model to gate against the reference, named in the same ways; repeatable.",
+        help="Candidate model to gate against the reference. Takes the same kinds of value as --kld-ref. Repeatable.",
     ),
     Option(
         name="tokenizer",
         metavar="MODEL",
         parse=_model,
-        help="Model whose tokenizer cuts the text for both sides. Default: the reference's.",
+        help="Model whose tokenizer splits the text into tokens for both sides. Default: the reference's.",
     ),
     Option(
         name="dataset",
@@ -235,21 +235,21 @@ OPTIONS: tuple[Option, ...] = (
         default="wikitext-2",
         parse=_dataset,
         repeatable=True,
-        help="Text: wikitext-2, python-docs (offline), a .txt, .jsonl (text or messages) or .parquet file, or "
-        "hf:NAME[:CONFIG][:SPLIT]; repeatable: figures are then the average over datasets.",
+        help="Text to measure on: wikitext-2, python-docs (offline), a .txt, .jsonl (text or messages) or .parquet "
+        "file, or hf:NAME[:CONFIG][:SPLIT]. Repeatable: figures are then averaged over the datasets.",
     ),
     Option(
         name="each_dataset",
         flag=True,
-        help="Hold each of several datasets to the limits, too, not only their average. Default: off.",
+        help="With several datasets, check the limits on each dataset as well as on their average. Default: off.",
     ),
     Option(
         name="windows",
         metavar="N",
         default="100",
         parse=_window_plan,
-        help="Number of windows, max for all that the text gives, or auto[:N]: rounds of windows until every limit "
-        "is decided, N (100, or max) at most.",
+        help="Number of windows, max for as many as the text yields, or auto[:N]: measure in rounds until every limit "
+        "is decided, with at most N windows (100 if omitted; max is valid too).",
     ),
     Option(
         name="window_size",
@@ -263,35 +263,36 @@ OPTIONS: tuple[Option, ...] = (
         metavar="TOKENS",
         default="512",
         parse=_whole(1, _LONGEST_STRIDE),
-        help="Distance between the starts of two windows in tokens.",
+        help="Distance in tokens between the starts of consecutive windows.",
     ),
     Option(
         name="skip_first",
         metavar="N",
         default="0",
         parse=_whole(0, _LONGEST_WINDOW),
-        help="Leave the first N positions of each window, with fewer than N tokens before them, out of the figures.",
+        help="Exclude the first N positions of each window from the figures: fewer than N tokens precede them.",
     ),
     Option(
         name="metrics",
         metavar="METRICS",
         default="core",
         parse=_choice("core", "all"),
-        help="Figures to compute: core, or all (a second pass). A limit on one of the others implies all.",
+        help="Figures to compute: core, or all (needs a second pass). A limit on a figure outside core implies all.",
     ),
     Option(
         name="engine",
         metavar="ENGINE",
         default="auto",
         parse=_choice("auto", "sglang", "transformers"),
-        help="What runs the models: sglang (servers), transformers (in this process), or auto (sglang where it is).",
+        help="Engine that runs the models: sglang (servers), transformers (in this process), or auto (sglang if it is "
+        "installed or named by another option, else transformers).",
     ),
     Option(
         name="confidence",
         metavar="X",
         parse=_confidence,
-        help="Hold confidence intervals, not figures, against the limits, e.g. 0.95. Default: off; 0.95 with "
-        "--kld-windows=auto.",
+        help="Check the limits against confidence intervals of this level, e.g. 0.95, instead of the figures "
+        "themselves. Default: off; 0.95 with --kld-windows=auto.",
     ),
     Option(
         name="inconclusive",
@@ -312,7 +313,7 @@ OPTIONS: tuple[Option, ...] = (
         metavar="DEVICE",
         default="auto",
         parse=_device,
-        help="Device to run and compare on: auto (CUDA where there is one), cpu, cuda or cuda:N.",
+        help="Device to run and compare models on: auto (CUDA if available), cpu, cuda or cuda:N.",
     ),
     Option(
         name="trust_remote_code",
@@ -323,8 +324,8 @@ OPTIONS: tuple[Option, ...] = (
         name="sglang_command",
         metavar="COMMAND",
         parse=_command,
-        help="What starts SGLang, ending with `-m sglang.launch_server`: another interpreter, docker run, srun. "
-        "Default: this interpreter.",
+        help="Command that starts SGLang, ending with `-m sglang.launch_server`: through another interpreter, "
+        "docker run or srun. Default: this interpreter.",
     ),
     Option(
         name="ref_args",
@@ -343,44 +344,44 @@ OPTIONS: tuple[Option, ...] = (
         metavar="NAME=VALUE",
         parse=_variable,
         repeatable=True,
-        help="Environment variable for the reference's SGLang server; repeatable.",
+        help="Environment variable for the reference's SGLang server. Repeatable.",
     ),
     Option(
         name="candidate_env",
         metavar="NAME=VALUE",
         parse=_variable,
         repeatable=True,
-        help="Environment variable for the candidates' SGLang servers; repeatable.",
+        help="Environment variable for the candidates' SGLang servers. Repeatable.",
     ),
     Option(
         name="moe_backend",
         metavar="BACKEND",
         repeatable=True,
-        help="MoE runner backend of SGLang to gate each candidate with, a test for each; repeatable.",
+        help="MoE runner backend of SGLang to gate each candidate with. Repeatable: one test for each backend.",
     ),
     Option(
         name="ref_url",
         metavar="URL",
         parse=_url,
-        help="Running SGLang server with the capture hook to use for the reference instead of booting one.",
+        help="URL of a running SGLang server with the capture hook, used for the reference instead of booting one.",
     ),
     Option(
         name="candidate_url",
         metavar="URL",
         parse=_url,
         repeatable=True,
-        help="The same for the candidates: one for each --kld-candidate, in the same order.",
+        help="The same for the candidates: one URL for each --kld-candidate, in the same order. Repeatable.",
     ),
     Option(
         name="api_key_env",
         metavar="NAME",
-        help="Environment variable with the API key of servers that are named by URL.",
+        help="Environment variable that holds the API key of the servers given by URL.",
     ),
     Option(
         name="capture_dir",
         metavar="DIR",
         parse=_path,
-        help="Directory that this process and SGLang's see under the same path, for what the hook writes. "
+        help="Directory that the hook writes to. This process and SGLang's must see it under the same path. "
         "Default: spool in the cache directory.",
     ),
     Option(
@@ -388,15 +389,15 @@ OPTIONS: tuple[Option, ...] = (
         metavar="SECONDS",
         default="1800",
         parse=_whole(1, _LONGEST_WAIT),
-        help="How long a SGLang server may take to become ready.",
+        help="Time in seconds that an SGLang server may take to become ready.",
     ),
     Option(
         name="store",
         metavar="STORE",
         default="auto",
         parse=_choice("auto", "hidden", "logits", "logprobs"),
-        help="What a capture keeps: hidden states and head, logits in the engine's dtype, float32 logprobs, "
-        "or auto (hidden where check rows prove the head, else logits).",
+        help="What a capture stores: hidden (hidden states and the head), logits (in the engine's dtype), "
+        "logprobs (in float32), or auto (hidden if the check rows confirm the head, else logits).",
     ),
     Option(
         name="head",
@@ -415,30 +416,30 @@ OPTIONS: tuple[Option, ...] = (
         name="cache_size",
         metavar="SIZE",
         parse=_size,
-        help="Greatest size of the cache, e.g. 500GB: when a session ends, captures and scores that were used least "
-        "recently are removed, but none of the last 24 hours. Default: no limit.",
+        help="Maximum size of the cache, e.g. 500GB. When a session ends, the least recently used captures and scores "
+        "are removed, but none that was used in the last 24 hours. Default: no limit.",
     ),
     Option(
         name="hash",
         metavar="HASH",
         default="sample",
         parse=_choice("sample", "full"),
-        help="What of a local model's files identifies it in the cache: sample (all of small files, spans of every "
-        "tensor and of the whole of large ones) or full (every byte).",
+        help="How much of a local model's files is hashed to identify it in the cache: sample (small files in full; "
+        "spans of every tensor and of the whole file for large ones) or full (every byte).",
     ),
-    Option(name="refresh", flag=True, help="Capture and compare anew what the cache already holds."),
+    Option(name="refresh", flag=True, help="Repeat captures and comparisons that the cache already holds."),
     Option(
         name="strict_cache",
         flag=True,
-        help="Report a damaged cache entry as an error, instead of moving it to quarantine and making it anew. "
+        help="Report a damaged cache entry as an error instead of moving it to quarantine and recreating it. "
         "Default: off.",
     ),
-    Option(name="junit", metavar="FILE", parse=parse_report, help="Write a JUnit report: a suite per candidate."),
+    Option(name="junit", metavar="FILE", parse=parse_report, help="Write a JUnit report: one suite per candidate."),
     Option(
         name="json",
         metavar="FILE",
         parse=parse_report,
-        help="Write a JSON report: figures, protocol, versions, keys.",
+        help="Write a JSON report: figures, protocol, versions and keys.",
     ),
     Option(
         name="html", metavar="FILE", parse=parse_report, help="Write an HTML report: one file with charts and tables."
@@ -448,10 +449,10 @@ OPTIONS: tuple[Option, ...] = (
             name=limit.name,
             metavar="N" if limit.integer else limit.unit.upper() or "X",
             parse=_bound(limit),
-            help=f"{'Greatest' if limit.upper else 'Least'} {limit.label} that passes."
+            help=f"{'Highest' if limit.upper else 'Lowest'} {limit.label} that passes."
             + ("" if limit.default is None else f" Default: {limit.default:g}."),
         )
         for limit in LIMITS.values()
     ),
 )
-"""Every option there is. The tables in docs/reference.md are held against it by a test."""
+"""All options. A test compares the tables in docs/reference.md with them."""

@@ -1,8 +1,8 @@
 """What a session is going to measure: the gated tests that were collected and not deselected.
 
-Under xdist the workers collect, and the controller writes the reports. xdist tells the controller the node ids, and
-these do not say what is gated. So each worker leaves its plan in a file that the controller named. A worker on another
-machine cannot; then the controller goes by the names of the candidates in the node ids.
+Under xdist the workers collect, and the controller writes the reports. xdist tells the controller the node ids, but
+these do not say what is gated. So each worker writes its plan to a file that the controller names. A worker on another
+machine cannot do that; the controller then looks for the candidates' names in the node ids.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Planned:
 
     Attributes:
         nodeid: the test's.
-        candidate: the candidate that it is about.
+        candidate: the candidate that it measures.
 
     """
 
@@ -49,7 +49,7 @@ class WorkerPlan:
     """Tells the controller what a worker of xdist collected."""
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Leave the plan where the controller looks for it."""
+        """Write the plan to the file that the controller reads."""
         path = Path(session.config.workerinput[PLAN_FILE])  # type: ignore[attr-defined]
         if path.parent.is_dir():  # else the controller is on another machine
             plan = [[planned.nodeid, planned.candidate.to_json()] for planned in plan_of(session.items)]
@@ -60,8 +60,8 @@ def plan_of_worker(path: Path, nodeids: Sequence[str], config: pytest.Config) ->
     """Return what a worker is going to measure.
 
     Args:
-        path: where it was asked to leave its plan.
-        nodeids: what it collected; decides if there is no such file.
+        path: the file to which it was asked to write its plan.
+        nodeids: the tests that it collected; used if there is no such file.
         config: the controller's.
 
     """

@@ -1,4 +1,4 @@
-"""What becomes of the results of gated tests: they are collected, and written as reports."""
+"""Collect the results of gated tests and write the reports."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:  # imported by what needs them: a session without a gate does 
     from pytest_kld.session.plan import Planned, WorkerPlan
 
 _CRASH = "???"
-"""What xdist writes for the phase of a test in which its worker died."""
+"""The phase that xdist reports for a test whose worker died."""
 
 
 def make_results(config: pytest.Config) -> Results | WorkerPlan:
-    """Return what collects results: in xdist's workers only their plan, which they leave to the controller."""
+    """Return the plugin that collects results; in xdist's workers, the one that passes the plan to the controller."""
     if not hasattr(config, "workerinput"):
         return Results(config)
     from pytest_kld.session.plan import WorkerPlan
@@ -36,10 +36,10 @@ def make_results(config: pytest.Config) -> Results | WorkerPlan:
 
 
 class Results:
-    """Collects results where the terminal is (under xdist: in the controller) and writes the reports."""
+    """Collects results in the process with the terminal (under xdist, the controller) and writes the reports."""
 
     def __init__(self, config: pytest.Config) -> None:
-        """Begin with none."""
+        """Start without results."""
         self._config = config
         self._plan: dict[str, Planned] = {}
         self._finished: set[str] = set()
@@ -52,7 +52,7 @@ class Results:
         self._plans: tempfile.TemporaryDirectory[str] | None = None
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Keep what is going to be measured."""
+        """Record what is going to be measured."""
         if not any(is_gated(item) for item in session.items):
             return
         from pytest_kld.session.plan import plan_of
@@ -61,7 +61,7 @@ class Results:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
-        """Tell a worker of xdist where to leave its plan."""
+        """Tell a worker of xdist where to write its plan."""
         import tempfile
 
         from pytest_kld.session.plan import PLAN_FILE
@@ -72,14 +72,14 @@ class Results:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, node: Any, ids: Sequence[str]) -> None:
-        """Keep what a worker collected. All of them collect the same."""
+        """Record what a worker collected. All workers collect the same tests."""
         from pytest_kld.session.plan import PLAN_FILE, plan_of_worker
 
         plan = plan_of_worker(Path(node.workerinput[PLAN_FILE]), ids, self._config)
         self._plan.update((planned.nodeid, planned) for planned in plan)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Keep the result of each test; of a test that was run again, the last."""
+        """Record the result of each test; if a test is run again, the last result counts."""
         if report.when in ("call", _CRASH) or (report.when == "setup" and not report.passed):
             self._finished.add(report.nodeid)
         data: dict[str, Any] | None = getattr(report, "kld", None)
@@ -92,19 +92,18 @@ class Results:
             self._by_test[lost.nodeid] = self._error(lost, report.longreprtext)
 
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
-        """Keep why the session ends: an interrupt, pytest.exit, or pytest's own decision."""
+        """Record why the session ends: an interrupt, pytest.exit, or pytest's own decision."""
         said = str(getattr(excinfo.value, "msg", excinfo.value))
         self._ended = said or excinfo.typename
 
     def pytest_internalerror(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
-        """Keep that the session ends by an error in pytest or a plugin."""
+        """Record that an error in pytest or a plugin ends the session."""
         self._ended = f"internal error: {excinfo.typename}"
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Write the report files, even if nothing was gated, so that a stale file is not mistaken for this session's.
 
-        A report that cannot be written fails the session and takes nothing else with it: no other report, and not
-        the table.
+        A report that cannot be written fails the session, but the other reports and the table are still written.
         """
         if self._plans is not None:
             self._plans.cleanup()
@@ -117,13 +116,13 @@ class Results:
                 write(path, self._results())
             except ReportError as error:
                 self._complain(f"cannot write the {name} report {path}: {error}")
-            except Exception as error:  # a fault of ours, after hours of measuring: the rest is worth writing
+            except Exception as error:  # our own bug, after hours of measuring: still write the rest
                 self._complain(f"cannot write the {name} report {path}: {type(error).__name__}: {error}")
             else:
                 self._written.append(f"{name} report: {path}")
 
     def pytest_terminal_summary(self, terminalreporter: TerminalReporter) -> None:
-        """Print the table, and what became of the reports."""
+        """Print the table, the paths of the reports, and errors in writing them."""
         lines: list[str] = []
         missing: list[str] = []
         results = self._results()
@@ -136,7 +135,7 @@ class Results:
                     *terminal.notes(results),
                 ]
                 missing = terminal.what_is_missing(self._incomplete)
-        except Exception as error:  # likewise
+        except Exception as error:  # our own bug, as above
             self._complain(f"cannot show the table: {type(error).__name__}: {error}")
         for complaint in self._complaints:
             terminalreporter.write_line(f"ERROR: {plain(complaint, keep=LINES)}", red=True)
@@ -151,13 +150,13 @@ class Results:
             terminalreporter.write_line(plain(line))
 
     def _complain(self, complaint: str) -> None:
-        """Remember what went wrong; a session with a complaint does not succeed."""
+        """Record what went wrong; a session with a complaint does not succeed."""
         self._complaints.append(complaint)
         if self._session is not None:
             self._session.exitstatus = self._session.exitstatus or pytest.ExitCode.TESTS_FAILED
 
     def _reports(self) -> Iterator[tuple[str, Path, Callable[[Path, Sequence[GateResult]], None]]]:
-        """Yield name, path and writer of each report that was asked for."""
+        """Yield name, path and writer of each requested report."""
         config = self._config.stash[CONFIG]
         if config.junit:
             yield "JUnit", config.junit, _write_junit
@@ -167,18 +166,18 @@ class Results:
             yield "HTML", config.html, partial(_write_html, incomplete=self._incomplete)
 
     def _find_missing(self, session: pytest.Session) -> None:
-        """Make an error of each gated test that was planned and did not run to its end."""
+        """Record an error for each gated test that was planned but did not finish."""
         missing = [planned for planned in self._plan.values() if planned.nodeid not in self._finished]
         if not missing:
             return
         from pytest_kld.gate.result import Incomplete
 
-        reason = self._ended or str(session.shouldfail or session.shouldstop or "it did not say why")
+        reason = self._ended or str(session.shouldfail or session.shouldstop or "it gave no reason")
         self._incomplete = Incomplete(
             reason=reason, planned=len(self._plan), not_measured=tuple(planned.nodeid for planned in missing)
         )
         for planned in missing:
-            message = f"not measured: the session ended before this test had run to its end ({reason})"
+            message = f"not measured: the session ended before this test finished ({reason})"
             self._by_test[planned.nodeid] = self._error(planned, message)
 
     def _error(self, planned: Planned, message: str) -> GateResult:
@@ -194,7 +193,7 @@ class Results:
         )
 
     def _results(self) -> list[GateResult]:
-        """Return the results in the order in which the candidates were named, however workers finished."""
+        """Return the results in the order in which the candidates were named, not in the order of completion."""
         if not self._by_test:
             return []
         from pytest_kld.session.subjects import candidates_of

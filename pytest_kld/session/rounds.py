@@ -27,7 +27,7 @@ class Rounds:
         measurement: where captures and scores come from.
         reference: the reference's capture of the first round, or of more windows.
         candidate: the candidate's.
-        windows: all that there may be.
+        windows: all that may be used.
         extended: whether the columns of the second pass are needed.
 
     """
@@ -39,9 +39,9 @@ class Rounds:
     extended: bool = False
 
     def until_decided(self, bounds: Mapping[str, float]) -> tuple[Scores, float]:
-        """Return the scores of the first round that decides every limit, or of the last, and what it may spend.
+        """Return the scores of the first round that decides every limit, or of the last, and what that round may spend.
 
-        Reference and candidate advance together; what the cache holds is looked at and not made again.
+        Reference and candidate advance together. Captures and scores in the cache are reused.
         """
         config, reference, candidate, scores = self.measurement.config, self.reference, self.candidate, None
         assert config.confidence is not None

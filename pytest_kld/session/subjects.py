@@ -22,7 +22,7 @@ Role = Literal["reference", "candidate"]
 
 
 def reference_of(config: KLDConfig) -> Subject:
-    """Return the reference that options and ini keys name, or a nameless one that a project's fixture makes."""
+    """Return the reference that options and ini keys name, or a placeholder for one that a project's fixture makes."""
     if config.ref is None:
         return Subject(name="the kld_reference fixture")
     return _from_options(config, "reference", config.ref)
@@ -34,7 +34,7 @@ def candidates_of(config: KLDConfig) -> list[Subject]:
 
 
 def candidate_of(item: pytest.Item) -> Subject:
-    """Return the candidate that a test is about, as far as its parameters tell. Never fails."""
+    """Return the candidate that a test measures, as far as its parameters tell. Never fails."""
     parameters: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
     config = item.config.stash[CONFIG]
     named = parameters.get("kld_candidate")
@@ -52,7 +52,7 @@ def candidate_of(item: pytest.Item) -> Subject:
 
 
 def is_overridden(item: pytest.Item, fixture: str = "kld_candidate") -> bool:
-    """Tell whether a fixture of the project's own takes the place of one of ours, and its words need no model."""
+    """Tell whether the project overrides one of our fixtures, so that its parameters need not name models."""
     definitions = item._fixtureinfo.name2fixturedefs.get(fixture, ())  # type: ignore[attr-defined]
     return bool(definitions) and definitions[-1].func.__module__.partition(".")[0] != "pytest_kld"
 
@@ -83,7 +83,7 @@ def with_axes(subject: Subject, axes: Mapping[str, str]) -> Subject:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overrides:
-    """What fixtures add to the Subjects of options and parameters.
+    """What fixtures add to the Subjects that come from options and parameters.
 
     Attributes:
         loading: keyword arguments of `from_pretrained` by role (engine `transformers`).
@@ -97,15 +97,15 @@ class Overrides:
     server_env: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def apply(self, subject: Subject, role: Role, axes: Mapping[str, str] | None = None) -> Subject:
-        """Return a Subject as it is run.
+        """Return a Subject as it will be run.
 
         Args:
             subject: from options or parameters.
-            role: what it is in this session.
+            role: its role in this session.
             axes: further axes, from a fixture.
 
         Raises:
-            ModelError: something is given that the engine does not take.
+            ModelError: something is given that the engine does not accept.
 
         """
         if subject.engine == "":

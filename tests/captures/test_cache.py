@@ -95,7 +95,7 @@ def test_a_session_keeps_the_cache_within_its_size_and_what_it_used(gate: Gate, 
     result = gate(*options)
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(
-        ["*the cache holds * kB, more than --kld-cache-size: what is left is in use, or was within*"]
+        ["*the cache holds * kB, more than --kld-cache-size: its remaining entries are in use, or were used in*"]
     )
     gate(*options[:-1], "--kld-store=logits").assert_outcomes(passed=1)
     age(tmp_path / "cache", 2)

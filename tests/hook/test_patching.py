@@ -75,7 +75,7 @@ def test_the_diff_means_the_same_to_git(packages: Path) -> None:
 
 
 def test_applying_or_reverting_again_changes_nothing(packages: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for action, words in (("revert", "was not patched"), ("apply", "patched now"), ("apply", "was patched already")):
+    for action, words in (("revert", "was not patched"), ("apply", "patched now"), ("apply", "was already patched")):
         assert patch(action, packages) == 0
         assert words in capsys.readouterr().out
     assert (packages / RUNNER).read_bytes().count(b"PYTEST_KLD_CAPTURE_DIR") == 1

@@ -1,4 +1,4 @@
-"""Which variables are told apart: those that engines and their kernels read, and nothing that cannot move a number."""
+"""Which variables are in the key: those that engines and their kernels read, unless they cannot change a number."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class RemoteModel(Qwen3ForCausalLM):
 def test_a_repository_s_own_code_makes_another_capture(
     gate: Gate, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the option the candidate is an ordinary Qwen3 and near; with it, its own code shifts all logits."""
+    """Without the option the candidate is an ordinary, close Qwen3; with it, its own code shifts all logits."""
     model = make_model("remote", noise=0.0005)
     (model / "remote.py").write_text(REMOTE)
     config = json.loads((model / "config.json").read_text())

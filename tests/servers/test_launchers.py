@@ -1,4 +1,4 @@
-"""Servers in containers and in job steps: variables reach them, and they end with the session."""
+"""Servers in containers and in job steps: they receive their variables, and they end with the session."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ time.sleep(600)
 
 @pytest.fixture
 def docker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, ...]]:
-    """The command of a server in a container of a daemon that is nobody's child here."""
+    """The command of a server in a container whose daemon is not a child of this process."""
     address, script = tmp_path / "docker.sock", TESTS / "scripted_docker.py"
     program = tmp_path / "docker"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} {script} {address} "$@"\n')
@@ -163,7 +163,7 @@ def test_variables_reach_a_job_step_on_this_node(tmp_path: Path, monkeypatch: py
         (f"docker run --network host --cidfile x IMAGE {LAUNCH}", "--cidfile cannot be given"),
         (f"docker run --network host --gpus device=2 IMAGE {LAUNCH}", "--gpus must be all"),
         (f"sudo docker run --network host IMAGE {LAUNCH}", "sudo drops"),
-        (f"srun -p gpu {LAUNCH}", "Run pytest inside of the allocation"),
+        (f"srun -p gpu {LAUNCH}", "Run pytest inside the allocation"),
     ],
 )
 def test_commands_that_cannot_work_are_refused_at_the_start(

@@ -1,4 +1,4 @@
-"""GPUs are leased: never to two at a time, never some of them only, and free again when the holder is dead."""
+"""GPUs are leased: never to two holders at a time, all that are needed or none, and free when the holder dies."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ with lease(int(sys.argv[1]), tuple(sys.argv[3].split(",")), Path(sys.argv[2])) a
 
 @contextmanager
 def held_elsewhere(count: int, directory: Path) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
-    """Another process that holds some GPUs, and which."""
+    """Another process that holds some GPUs, and which GPUs it holds."""
     command = [sys.executable, "-c", HOLD, str(count), str(directory), ",".join(GPUS)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
@@ -76,7 +76,7 @@ def test_a_waiting_lease_holds_none_meanwhile(tmp_path: Path) -> None:
 
 
 def test_more_than_there_are_is_an_error_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ServerError, match="needs 8 GPUs and 4 are visible"), lease(8, GPUS, tmp_path):
+    with pytest.raises(ServerError, match="needs 8 GPUs, but 4 are visible"), lease(8, GPUS, tmp_path):
         pass
 
 

@@ -1,4 +1,4 @@
-"""Servers boot, fail with words, and leave nothing behind."""
+"""Servers boot, explain their failures, and leave nothing behind."""
 
 from __future__ import annotations
 

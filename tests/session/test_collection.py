@@ -138,7 +138,7 @@ def test_builtin_gate_steps_in_only_where_nobody_gates(gate: Gate) -> None:
     only = "--collect-only", "-q"
     gate(*only, "test_plain.py").stdout.fnmatch_lines(["test_plain.py::test_ungated", "kld::test_kld[[]*]"])
     gate(*only).stdout.no_fnmatch_line("kld::*")
-    # Deselecting one's own gate does not call the built-in one.
+    # Deselecting a project's own gate does not add the built-in one.
     deselected = gate(*only, "-k", "ungated")
     deselected.stdout.no_fnmatch_line("kld::*")
     deselected.stdout.fnmatch_lines(["test_plain.py::test_ungated", "*1/2 tests collected (1 deselected)*"])
@@ -180,7 +180,7 @@ def test_limit_with_nothing_to_gate_is_an_error_that_says_so(gate: Gate, workers
     result = gate("--kld-max-p99=1", *workers, candidates=())
     assert result.ret == (pytest.ExitCode.TESTS_FAILED if workers else pytest.ExitCode.USAGE_ERROR)
     output = result.stdout if workers else result.stderr
-    output.fnmatch_lines(["*--kld-max-p99 is given and there is nothing to gate: give --kld-ref=MODEL and*"])
+    output.fnmatch_lines(["*--kld-max-p99 is given, but there is nothing to gate: give --kld-ref=MODEL and*"])
 
 
 def test_candidate_without_a_reference_is_a_usage_error(gate: Gate) -> None:

@@ -24,7 +24,7 @@ def check(name: str, value: float, bound: float, low: float, high: float) -> Che
 @pytest.mark.parametrize(
     ("low", "high", "state"),
     [
-        (0.03, 0.05, "pass"),  # the bound itself is within
+        (0.03, 0.05, "pass"),  # a figure equal to the bound is within it
         (0.03, 0.0501, "inconclusive"),
         (0.05, 0.08, "inconclusive"),
         (0.0501, 0.08, "fail"),
@@ -52,7 +52,7 @@ def test_a_limit_without_an_interval_is_held_as_a_point() -> None:
 
 def test_words_name_the_interval_and_how_many_more_windows_would_settle_it() -> None:
     undecided = check("max_mean", 0.04, 0.05, 0.03, 0.055)
-    # 1.43 × 0.015 / 0.01 squared is 4.6 times the text; 3.6 times 50 windows more.
+    # (1.43 × 0.015 / 0.01)² = 4.6 times the text, so 3.6 times 50 more windows.
     assert undecided.more_windows == 181
     assert str(undecided) == (
         "mean KLD 0.04 nats [0.03, 0.055] <= max_mean 0.05 (within by 0.01); "
@@ -96,7 +96,7 @@ def test_one_tiny_window_does_not_pass_at_any_confidence(
 
 
 class Gate:
-    """Runs the gate with the limit at the measured mean, which no interval can decide."""
+    """Runs the gate with the limit equal to the measured mean, which no interval can decide."""
 
     def __init__(self, pytester: pytest.Pytester, reference: Path, candidate: Path) -> None:
         self.pytester = pytester

@@ -37,18 +37,22 @@ GOOD: dict[str, tuple[str, Any]] = {
     "refresh": ("true", True),
     "strict_cache": ("true", True),
 }
-"""For each option that takes no path and no model: a text and what it means."""
+"""A text and its value, for each option that takes neither a path nor a model."""
 PATHS = ("cache_dir", "junit", "json", "html", "capture_dir")
 MODELS = ("ref", "candidate", "tokenizer")
 SERVERS = {
     *("sglang_command", "ref_args", "candidate_args", "ref_env", "candidate_env"),
     *("moe_backend", "ref_url", "candidate_url"),
 }
-"""Options of SGLang's servers, which are not read with the engine transformers; their tests are the engine's."""
+"""Options of SGLang's servers, which the engine transformers does not read; the SGLang engine's tests cover them."""
 BAD = [
     ("engine", "vllm", "expected one of auto, sglang, transformers, got 'vllm'"),
     ("startup_timeout", "0", "expected a whole number of at least 1, got '0'"),
-    ("windows", "0", "expected a whole number of at least 1, got '0' (or `max`: all that the text gives; or `auto`)"),
+    (
+        "windows",
+        "0",
+        "expected a whole number of at least 1, got '0' (or `max` for as many as the text yields, or `auto`)",
+    ),
     ("windows", "many", "expected a whole number of at least 1, got 'many'"),
     ("window_size", "1", "expected a whole number of at least 2, got '1'"),
     ("stride", "-5", "expected a whole number of at least 1, got '-5'"),

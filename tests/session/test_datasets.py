@@ -27,7 +27,7 @@ CONVERSATIONS = [
 
 @pytest.fixture
 def chat_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The tokenizer with a chat template of its own."""
+    """The tokenizer with its own chat template."""
     chat = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     chat.chat_template = TEMPLATE
     return chat
@@ -203,7 +203,7 @@ def test_the_default_is_one_dataset(pytester: pytest.Pytester) -> None:
     ("options", "message"),
     [
         (("--kld-skip-first=-1",), "--kld-skip-first: expected a whole number of at least 0, got '-1'"),
-        (("--kld-skip-first=63", "--kld-window-size=64"), "--kld-skip-first: 63 positions leave none"),
+        (("--kld-skip-first=63", "--kld-window-size=64"), "--kld-skip-first: skipping 63 positions leaves none"),
         (("--kld-metrics=most",), "--kld-metrics: expected one of core, all, got 'most'"),
         (("--kld-dataset=a.txt", "--kld-dataset=./a.txt"), "--kld-dataset: './a.txt' is given twice"),
         (("--kld-max-js=1",), "--kld-max-js: expected a number of at least 0 and at most 0.693147, got '1'"),

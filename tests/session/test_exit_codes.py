@@ -1,4 +1,4 @@
-"""Where pytest's exit code is 0 although a gate did not pass, by design: docs/reference.md says so."""
+"""Cases in which pytest's exit code is 0, by design, although a gate did not pass. docs/reference.md lists them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures beyond KLD: drawn from scores, held to limits, absent where they were not computed."""
+"""The figures beyond KLD: computed from scores, checked against limits, absent if they were not computed."""
 
 from __future__ import annotations
 

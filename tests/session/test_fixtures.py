@@ -1,4 +1,4 @@
-"""Fixtures: what they hand out, how they are overridden, and that models run once."""
+"""Fixtures: what they return, how they are overridden, and that models run once."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_arguments_overridden_for_a_part_of_the_tests_are_an_error_and_not_the_o
     )
     result = gate()
     result.assert_outcomes(passed=1, errors=1)
-    result.stdout.fnmatch_lines(["*ModelError: kld_candidate_args is overridden for a part of the tests*"])
+    result.stdout.fnmatch_lines(["*ModelError: kld_candidate_args is overridden for some of the tests only*"])
 
 
 def test_candidate_overridden_for_a_part_of_the_tests_has_its_own_figures(gate: Gate) -> None:
@@ -127,7 +127,7 @@ def test_windows_can_be_overridden_and_both_sides_run_on_them(gate: Gate) -> Non
 
 
 def test_captures_can_be_overridden_with_ones_made_elsewhere(gate: Gate, tmp_path: Path) -> None:
-    cache = f"--kld-cache-dir={tmp_path}"  # other tests' captures of these models would be found in the common one
+    cache = f"--kld-cache-dir={tmp_path}"  # the common cache would also hold other tests' captures of these models
     gate(cache, "--kld-json=report.json")
     gate.pytester.makeconftest(
         """

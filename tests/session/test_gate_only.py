@@ -1,4 +1,4 @@
-"""The built-in gate at an address of its own, whatever else is in the directory."""
+"""The built-in gate, run by its address, whatever else is in the directory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ADDRESS = ("--pyargs", "pytest_kld.gate_only")
 
 @pytest.fixture
 def project(gate: Gate) -> Gate:
-    """A directory with a failing test, a gate of its own, and a file that cannot be imported."""
+    """A directory with a failing test, its own gate, and a file that cannot be imported."""
     gate.pytester.makepyfile(
         test_failing="def test_failing(): assert False",
         test_own="def test_own(kld): assert False",

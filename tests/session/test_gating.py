@@ -1,4 +1,4 @@
-"""A gated test's three outcomes, and what becomes of skips and expected failures."""
+"""A gated test's three outcomes, and how skips and expected failures are treated."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 ZERO = ("max_nan", "max_ref_nan", "max_cut_mass")
 """Limits on figures that are 0 for these models."""
 TOO_TIGHT = {name: 0 if limit.upper else 1 for name, limit in LIMITS.items() if name not in ZERO}
-"""For each other limit a bound that the tiny model does not keep against its noisy double.
+"""For each other limit, a bound that the tiny model violates with its noisy copy as the reference.
 
-The other way round the noise happens to lower the perplexity, and a limit on its logarithm bounds a rise.
+With the models swapped, the noise happens to lower the perplexity, but a limit on its logarithm bounds an increase.
 """
 
 

@@ -1,4 +1,4 @@
-"""A gate whose models are replaced, alike from outside, ambiguous, or without a tokenizer that works."""
+"""A gate whose models are replaced, indistinguishable by size and times, ambiguous, or without a working tokenizer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cache(tmp_path: Path) -> str:
 
 
 def copy_with_fixed_times(model: Path, to: Path) -> Path:
-    """Copy a model as a reproducible archive unpacks it: with all times the same."""
+    """Copy a model as if unpacked from a reproducible archive: with all times the same."""
     shutil.copytree(model, to)
     for path in to.iterdir():
         os.utime(path, (1, 1))
@@ -37,7 +37,7 @@ def copy_with_fixed_times(model: Path, to: Path) -> Path:
 
 
 def replace_weights(model: Path, other: Path) -> None:
-    """Write another model's weights over a model's: of the same size, and with the same times afterwards."""
+    """Overwrite a model's weights with another model's, of the same size, and restore the times."""
     weights = model / WEIGHTS
     before = weights.stat()
     with weights.open("r+b") as file:
@@ -151,7 +151,7 @@ def test_a_tokenizer_that_does_not_load_is_an_error(gate: Gate, tmp_path: Path, 
         ["*ModelError: the tokenizer of *model (tokenizer.json, tokenizer_config.json) cannot be loaded: *Repair it*"]
     )
     gate(cache, LIMIT, f"--kld-tokenizer={gate.reference}", candidates=(model,)).assert_outcomes(passed=1)
-    (model / "tokenizer.json").unlink()  # what is left of it is no tokenizer either
+    (model / "tokenizer.json").unlink()  # the remaining files are not a tokenizer either
     result = gate(cache, LIMIT, candidates=(model,))
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines(["*ModelError: the tokenizer of *model (tokenizer_config.json) cannot be loaded: *"])
@@ -163,7 +163,9 @@ def test_a_candidate_without_any_tokenizer_passes_with_a_note(gate: Gate, tmp_pa
         path.unlink()
     result = gate(cache, LIMIT, candidates=(model,))
     result.assert_outcomes(passed=1)
-    result.stdout.fnmatch_lines(["*model has no tokenizer, so nothing shows that token ids mean the same to it as to*"])
+    result.stdout.fnmatch_lines(
+        ["*model has no tokenizer, so it is unknown whether its token ids mean the same as those of*"]
+    )
 
 
 def test_a_damaged_memo_changes_nothing(gate: Gate, tmp_path: Path, cache: str) -> None:

@@ -23,7 +23,7 @@ REPORTS = ("--kld-json=report.json", "--kld-junit=report.xml", "--kld-html=repor
 
 
 def check_reports(gate: Gate, shown: str, reason: str, measured: list[str], missing: list[str]) -> None:
-    """Hold all four reports against what was measured and what was not, by the ends of node ids."""
+    """Check all four reports against what was measured and what was not, by the ends of node ids."""
     report: dict[str, Any] = json.loads((gate.path / "report.json").read_text(encoding="utf-8"))
     jsonschema.Draft202012Validator(SCHEMA).validate(report)
     incomplete = report["incomplete"]
@@ -34,7 +34,7 @@ def check_reports(gate: Gate, shown: str, reason: str, measured: list[str], miss
     assert set(results) == {*measured, *missing}
     for name in missing:
         assert (results[name]["outcome"], results[name]["figures"]) == ("error", None)
-        assert results[name]["message"].startswith("not measured: the session ended before this test had run")
+        assert results[name]["message"].startswith("not measured: the session ended before this test finished")
     assert all(results[name]["figures"] is not None for name in measured)
 
     section = shown.partition("KLD Evaluation Results")[2]
@@ -56,7 +56,7 @@ def check_reports(gate: Gate, shown: str, reason: str, measured: list[str], miss
 
 
 def start(gate: Gate, *arguments: str) -> subprocess.Popen[str]:
-    """Start pytest as a shell does, as the leader of a group of processes."""
+    """Start pytest as a shell does, as the leader of a process group."""
     options = [f"--kld-ref={gate.reference}", f"--kld-candidate={gate.candidate}", *gate.protocol, gate.cache]
     return subprocess.Popen(
         [sys.executable, "-m", "pytest", *options, *REPORTS, *arguments],

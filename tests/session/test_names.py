@@ -1,4 +1,4 @@
-"""Names and messages that are not ours are shown, and do nothing to the terminal or the page that shows them."""
+"""Names and messages from outside are shown, but cannot control the terminal or the page that shows them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,17 @@ REPORTS = ("--kld-json=report.json", "--kld-junit=report.xml", "--kld-html=repor
 
 @pytest.fixture
 def evil_dir(gate: Gate, tmp_path: Path) -> Path:
-    """The candidate under a name that turns a terminal red, turns text around and hides some."""
+    """The candidate under a name that turns a terminal red, reverses text and hides some."""
     return Path(shutil.copytree(gate.candidate, tmp_path / f"model{EVIL}"))
 
 
 def controls_in(gate: Gate, *arguments: str, candidate: Path, reference: Path | None = None) -> tuple[int, str]:
-    """Gate in a process of its own with colours; return its exit code, what it printed, having looked for controls."""
+    """Gate in a separate process with colours; check that no control characters are shown.
+
+    Returns:
+        The exit code and what was printed.
+
+    """
     options = [f"--kld-ref={reference or gate.reference}", f"--kld-candidate={candidate}", *gate.protocol, gate.cache]
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *REPORTS, "-rA", "-vv", *arguments],
@@ -56,7 +61,7 @@ def controls_in(gate: Gate, *arguments: str, candidate: Path, reference: Path | 
 @pytest.mark.parametrize("limit", ["1", "1e-9"])
 def test_control_characters_in_a_models_name_are_spelled_out(gate: Gate, evil_dir: Path, limit: str) -> None:
     code, shown = controls_in(gate, f"--kld-max-mean={limit}", candidate=evil_dir, reference=evil_dir.parent / "ref")
-    assert code == pytest.ExitCode.USAGE_ERROR  # a reference that is not there, in the same evil directory
+    assert code == pytest.ExitCode.USAGE_ERROR  # the reference, beside the evil directory, does not exist
     code, shown = controls_in(gate, f"--kld-max-mean={limit}", f"--kld-cache-dir={gate.path}/c", candidate=evil_dir)
     assert code == (limit == "1e-9")
     table = shown.partition("KLD Evaluation Results")[2]
@@ -68,7 +73,7 @@ def test_control_characters_in_a_models_name_are_spelled_out(gate: Gate, evil_di
         )
     (suite,) = ElementTree.parse(gate.path / "report.xml").getroot()
     assert suite.get("name") == f"{evil_dir.parent}/model{SHOWN}"
-    assert gate.results()[0]["candidate"] == str(evil_dir)  # JSON escapes by itself, and programs get the name as it is
+    assert gate.results()[0]["candidate"] == str(evil_dir)  # JSON does its own escaping, and programs get the real name
     assert f"model{SHOWN}" in (gate.path / "report.html").read_text()
 
 

@@ -1,4 +1,4 @@
-"""A project's own fixtures and late markers cannot switch the gate off."""
+"""A project's own fixtures and markers that are added late cannot switch the gate off."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_candidates_are_measured_if_kld_means_something_else(gate: Gate) -> None
     result.stdout.fnmatch_lines(["FAILED kld::test_kld*"])
     without = gate("--kld-max-mean=1e-9", candidates=())
     assert without.ret == pytest.ExitCode.USAGE_ERROR
-    without.stderr.fnmatch_lines(["*--kld-max-mean is given and there is nothing to gate*"])
+    without.stderr.fnmatch_lines(["*--kld-max-mean is given, but there is nothing to gate*"])
 
 
 GETTER = "def test_gate(request): assert request.getfixturevalue('kld').mean > 0"
@@ -65,7 +65,7 @@ def test_a_test_that_gets_the_fixture_as_it_runs_measures_one_candidate_or_none(
     gate.pytester.makepyfile(GETTER)
     result = gate(candidates=())
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["*there are 2 candidates and this test runs once*"])
+    result.stdout.fnmatch_lines(["*there are 2 candidates, but this test runs only once*"])
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_test_that_gets_the_fixture_as_it_runs_measures_one_candidate_or_none(
         ("request.applymarker(pytest.mark.kld(max_mean=1))", "*was measured: its limits were not checked*"),
         (
             "request.getfixturevalue('kld'); request.applymarker(pytest.mark.kld(max_mean=1e-9))",
-            "*its kld markers changed after its figures were drawn*",
+            "*its kld markers changed after its figures were computed*",
         ),
     ],
     ids=["nothing measured", "measured before"],
@@ -96,5 +96,5 @@ def test_a_candidate_of_the_command_line_that_no_test_measures_is_refused(gate: 
     """)
     result = gate()
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines([f"*--kld-candidate={gate.candidate} is given and no collected test measures it*"])
+    result.stderr.fnmatch_lines([f"*--kld-candidate={gate.candidate} is given, but no collected test measures it*"])
     gate(candidates=()).assert_outcomes(passed=1)

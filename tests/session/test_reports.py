@@ -1,4 +1,4 @@
-"""Report files: where they may be written, and what becomes of the others if one cannot be."""
+"""Report files: where they may be written, and that a failure to write one does not affect the others."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def odd_dir(tmp_path: Path) -> Path:
 
 
 def run(gate: Gate, *arguments: str, candidate: Path | None = None) -> subprocess.CompletedProcess[bytes]:
-    """Gate in a process of its own; what it prints is given as it is, in bytes."""
+    """Gate in a separate process; its output is returned unchanged, in bytes."""
     options = [f"--kld-ref={gate.reference}", f"--kld-candidate={candidate or gate.candidate}", *gate.protocol]
     return subprocess.run(
         [sys.executable, "-m", "pytest", *options, gate.cache, *arguments],
@@ -59,7 +59,7 @@ def test_special_file_is_refused_at_the_start_and_stays(gate: Gate, tmp_path: Pa
     for named in (path, tmp_path / "link"):
         result = gate(f"--kld-{option}={named}")
         assert result.ret == pytest.ExitCode.USAGE_ERROR
-        result.stderr.fnmatch_lines([f"ERROR: --kld-{option}: expected a file that can be written*no regular file"])
+        result.stderr.fnmatch_lines([f"ERROR: --kld-{option}: expected a file that can be written*not a regular file"])
     assert path.lstat() == before
 
 
@@ -127,13 +127,13 @@ def test_two_reports_at_one_path_are_a_usage_error(gate: Gate, tmp_path: Path, s
     for names in (("junit", "json"), ("json", "html"), ("junit", "html")):
         result = gate(*(f"--kld-{name}={path}" for name, path in zip(names, (one, other), strict=True)))
         assert result.ret == pytest.ExitCode.USAGE_ERROR
-        result.stderr.fnmatch_lines([f"ERROR: --kld-{names[1]}: the report of --kld-{names[0]} goes to *, too; *"])
+        result.stderr.fnmatch_lines([f"ERROR: --kld-{names[1]}: --kld-{names[0]} writes its report to *, too; *"])
 
 
 def test_report_in_the_place_of_pytests_own_is_a_usage_error(gate: Gate) -> None:
     result = gate("--junitxml=out.xml", f"--kld-junit={gate.path / 'out.xml'}")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["ERROR: --kld-junit: the report of --junitxml goes to *out.xml, too; *"])
+    result.stderr.fnmatch_lines(["ERROR: --kld-junit: --junitxml writes its report to *out.xml, too; *"])
 
 
 @pytest.mark.parametrize("text", ["x" * 250, "y" * 5000, "loop/report"])

@@ -1,4 +1,4 @@
-"""Rounds: the schedule, the error that all looks make together, and that captures grow instead of starting anew."""
+"""Rounds: the schedule, the error of all looks together, and that captures grow instead of starting again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_schedule_doubles_up_to_the_most_and_spends_the_error_once(most: int) ->
 
 
 def test_looking_after_every_round_decides_wrongly_no_more_often_than_promised() -> None:
-    """With the truth at the limit every decision is wrong. 120 texts; benchmarks/coverage.py takes thousands."""
+    """If the true value equals the limit, every decision is wrong. 120 texts; benchmarks/coverage.py uses thousands."""
     texts = 120
     ours = coverage.stopping(texts, 100, 1.0, seed=2)
     assert ours["pass"] + ours["fail"] <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / texts)
@@ -46,7 +46,7 @@ def test_clear_cases_are_decided_early_and_rightly() -> None:
 
 
 class Session:
-    """One directory with a cache of its own, in which the gate is run."""
+    """A directory with its own cache, in which the gate is run."""
 
     def __init__(self, pytester: pytest.Pytester, reference: Path, candidate: Path) -> None:
         self.pytester = pytester
@@ -58,7 +58,7 @@ class Session:
         return result, gated
 
     def captures(self) -> dict[int, Path]:
-        """Captures in the cache by their number of windows; where both sides have one, either."""
+        """Return captures in the cache by their number of windows; if both sides have one, either of them."""
         manifests = (self.pytester.path / "cache" / "captures").glob("*/capture.json")
         return {len(json.loads(path.read_text())["window_files"]): path.parent for path in manifests}
 
@@ -69,7 +69,7 @@ def session(pytester: pytest.Pytester, reference_dir: Path, candidate_dir: Path)
 
 
 def test_a_clear_candidate_is_decided_in_the_first_round_that_has_enough_windows(session: Session) -> None:
-    """1, 2 and 4 windows, of 256 to 1,024 positions, would take 919, 809 and 672 independent ones; 8 take 534."""
+    """1, 2 and 4 windows have 256 to 1,024 positions; 919, 809 and 672 independent ones are needed. 8 need 534."""
     result, gated = session.run(*ROUNDS, "--kld-max-mean=5")
     result.assert_outcomes(passed=1)
     assert gated["about"]["protocol"]["windows"] == 8
@@ -92,7 +92,7 @@ def test_an_undecided_one_goes_on_to_the_most_windows_and_reuses_window_files(se
     result.stdout.fnmatch_lines(["*1 of 4 KLD limits inconclusive at confidence 0.95:*", "*? *mean KLD*[[]*]*"])
     captures = session.captures()
     assert set(captures) == {1, 2, 4, 8, 16}
-    # One file on the disk for the first window in all five captures of a model.
+    # All five captures of a model share one file on disk for the first window.
     assert all((path / "windows" / "00000.safetensors").stat().st_nlink == 5 for path in captures.values())
     result.stdout.fnmatch_lines(["*8 of 16 windows are there already*"])
 

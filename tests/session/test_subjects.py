@@ -1,4 +1,4 @@
-"""Subjects come from options, a test's parameters, and fixtures; one place makes them all."""
+"""Subjects come from options, a test's parameters, and fixtures; one module makes them all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Vocabularies that differ: what lies beyond the common one is looked at, bounded and noted."""
+"""Vocabularies that differ: the probability outside the common one is measured, bounded and noted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MORE = 16
 def widened(
     reference_dir: Path, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
-    """The reference with 16 more tokens, of which the head says `nothing`, `much` or `nan`."""
+    """The reference with 16 more tokens, to which the head gives `nothing`, `much` or `nan`."""
     root = tmp_path_factory.mktemp("wide")
 
     def make(what: str) -> Path:
@@ -53,7 +53,7 @@ def test_more_tokens_that_hold_the_probability_fail(gate: Gate, widened: Callabl
         ]
     )
     (gated,) = gate.results()
-    # The rest is the reference itself, to the bit or to the rounding of another order of sums.
+    # The other tokens match the reference to the bit, or up to rounding if sums are taken in another order.
     assert gated["figures"]["mean"] < 1e-9
     assert gated["figures"]["cut_mass"] > 0.5
     (note,) = gated["notes"]
@@ -76,7 +76,7 @@ def test_more_tokens_that_are_nan_fail(gate: Gate, widened: Callable[[str], Path
 
 
 def test_the_limit_decides_how_much_further_tokens_may_hold(gate: Gate, widened: Callable[[str], Path]) -> None:
-    """Rows of zeros: each further token has a logit of 0, which is little but not nothing."""
+    """Rows of zeros: each further token has a logit of 0, so its probability is small but not zero."""
     result = gate("--kld-max-mean=0.1", "--kld-max-cut-mass=1", "--kld-metrics=all", candidates=(widened("nothing"),))
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["note: the vocabularies differ: *"])

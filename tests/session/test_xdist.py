@@ -28,7 +28,7 @@ COUNT_RUNS = """
             patch.setattr(Recording, "run", run)
             yield
 """
-"""A conftest that notes each capture that is made, in whatever process."""
+"""A conftest that records each capture that is made, in any process."""
 
 
 def test_workers_share_captures_and_report_every_result(

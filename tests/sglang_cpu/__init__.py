@@ -1,1 +1,1 @@
-"""The real SGLang on a CPU: an environment of its own, made once and kept in the user's cache directory."""
+"""The real SGLang on a CPU: its environment is made once and kept in the user's cache directory."""

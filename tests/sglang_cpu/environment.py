@@ -1,7 +1,7 @@
 """Make an environment with the real SGLang for a CPU.
 
-SGLang pins other versions than pytest-kld's own tests do, so it lives in a virtual environment of its own, as it
-does at most users'. It is made once per recipe and kept; pytest-kld is added to PYTHONPATH for each session.
+SGLang pins other versions than pytest-kld's own tests do, so it has its own virtual environment, as it does on most
+users' machines. It is made once per recipe and kept; pytest-kld is added to PYTHONPATH for each session.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ FLAGS = (
     *("--disable-overlap-schedule", "--disable-cuda-graph", "--skip-server-warmup", "--sleep-on-idle"),
     *("--max-total-tokens", "8192", "--max-running-requests", "8"),
 )
-"""What SGLang needs to be told on a CPU."""
+"""Flags that SGLang needs on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SGLangEnvironment:
-    """A SGLang that boots on this machine.
+    """An SGLang installation that boots on this machine.
 
     Attributes:
         python: its interpreter.
-        variables: what its servers' environment needs.
-        flags: what its servers' command line needs.
+        variables: environment variables that its servers need.
+        flags: command-line flags that its servers need.
 
     """
 
@@ -49,7 +49,7 @@ class SGLangEnvironment:
     flags: tuple[str, ...] = FLAGS
 
     def with_dtype(self, dtype: str) -> SGLangEnvironment:
-        """Return it with models in another dtype: processors without bfloat16 are ten times faster in float32."""
+        """Return a copy that uses another dtype: processors without bfloat16 are ten times faster in float32."""
         return replace(self, flags=tuple(dtype if flag == "bfloat16" else flag for flag in self.flags))
 
     def options(self) -> list[str]:
@@ -66,7 +66,7 @@ class SGLangEnvironment:
 
 
 def sglang_environment(hook: Path) -> SGLangEnvironment:
-    """Return the environment, making what is not there yet.
+    """Return the environment, and make what is missing.
 
     Args:
         hook: an empty directory; pytest-kld is installed into it, as it is in this checkout.
@@ -89,12 +89,12 @@ def variables(*paths: Path) -> dict[str, str]:
 
 
 def install_hook(python: Path, target: Path) -> None:
-    """Install pytest-kld from this checkout beside an environment, not into it: it is shared and kept."""
+    """Install pytest-kld from this checkout beside an environment, not into it: the environment is shared and kept."""
     _pip(python, "--no-deps", "--target", str(target), str(ROOT))
 
 
 def cached(name: str, recipe: str, make: Callable[[Path], None]) -> Path:
-    """Return a directory in the user's cache that a recipe makes, making it if it is not there."""
+    """Return the directory for a recipe in the user's cache, and make it if it is missing."""
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:12]
     directory = user_cache_path("pytest-kld") / "tests" / f"{name}-{digest}"
     directory.parent.mkdir(parents=True, exist_ok=True)

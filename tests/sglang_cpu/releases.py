@@ -1,6 +1,7 @@
-"""Other releases of the real SGLang, laid over the environment of the newest one.
+"""Other releases of the real SGLang, overlaid on the environment of the newest one.
 
-An overlay is a directory on PYTHONPATH with that release and what it pins and cannot do without; the rest is shared.
+An overlay is a directory on PYTHONPATH with that release and those of its pinned packages that it needs in that very
+version; the rest is shared.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _FLAGS = {
 
 
 def release_environment(release: str, hook: Path) -> SGLangEnvironment:
-    """Return an environment with another release, patched if it needs to be, making what is not there yet.
+    """Return an environment with another release, patched if necessary, and make what is missing.
 
     Args:
         release: a key of `OVERLAYS`.
@@ -62,7 +63,7 @@ def release_environment(release: str, hook: Path) -> SGLangEnvironment:
 
 
 def unpack(release: str, directory: Path) -> Path:
-    """Put the files of a release's wheel that tests look at into a directory, and return it."""
+    """Extract the files of a release's wheel that tests read into a directory, and return the directory."""
 
     def make(target: Path) -> None:
         download = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", target)
@@ -78,7 +79,7 @@ def unpack(release: str, directory: Path) -> Path:
 
 
 def make_readable(model: Path) -> None:
-    """Write a checkpoint's config as releases before transformers 5 read it, too."""
+    """Rewrite a checkpoint's config so that transformers before version 5 can read it, too."""
     path = model / "config.json"
     config = json.loads(path.read_text())
     config |= {"rope_theta": config["rope_parameters"]["rope_theta"], "torch_dtype": config["dtype"]}
