@@ -160,7 +160,7 @@ def test_rolled_token_ids_are_rows_of_the_neighbour(find: Find, reference: Any, 
     rolled = torch.from_numpy(np.roll(text_windows.token_ids, -1, axis=1)).long()
     with torch.no_grad():
         candidate = reference(rolled).logits.log_softmax(-1)
-    assert "of the position after in" in find(log_probs_of(reference, text_windows), candidate)["off-by-one"]
+    assert "at the position after in" in find(log_probs_of(reference, text_windows), candidate)["off-by-one"]
 
 
 def test_rolled_rows_of_the_head_are_a_permutation_by_one(find: Find, reference: Any) -> None:

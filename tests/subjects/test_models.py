@@ -85,7 +85,7 @@ def test_a_hub_id_is_pinned_to_its_commit_offline(revision: str | None, commit: 
 @pytest.mark.parametrize(("name", "revision"), [("org/other", None), ("org/name", "v3")])
 def test_a_model_that_is_not_there_is_an_error(name: str, revision: str | None, hub: Path) -> None:
     spec = ModelSpec(name=name, revision=revision)
-    with pytest.raises(ModelError, match=rf"cannot find the model {spec.label}: .*no local directory.*hf download"):
+    with pytest.raises(ModelError, match=rf"cannot find the model {spec.label}: .*not a local directory.*hf download"):
         spec.pin()
 
 
