@@ -1,4 +1,4 @@
-"""The flags of a SGLang release, read from its source: importing its parser takes seconds and a working torch.
+"""The flags of an SGLang release, read from its source: importing its parser takes seconds and a working torch.
 
 Releases declare flags in two ways, and newer ones in both: `parser.add_argument("--tp-size", "--tp", dest=…)`, and
 fields of a class, `tp_size: A[int, Arg(help=…, aliases=["--tp"])]`, whose name is the flag's. Standard library only.

@@ -26,7 +26,7 @@ _TRACE = b"pytest_kld"
 
 
 class State(Enum):
-    """What was found in a SGLang, in words."""
+    """What was found in an SGLang, in words."""
 
     NOTHING_TO_PATCH = "has plugins and needs no patch"
     PATCHED = "is patched"
@@ -83,7 +83,7 @@ class Patch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Installation:
-    """A SGLang on disk.
+    """An SGLang on disk.
 
     Attributes:
         root: the directory of the package `sglang`.
@@ -169,7 +169,7 @@ class Installation:
 
 
 def has_plugins(root: Path) -> bool:
-    """Tell whether a SGLang loads plugins, as 0.5.11 and newer do."""
+    """Tell whether an SGLang loads plugins, as 0.5.11 and newer do."""
     return (root / "srt" / "plugins").is_dir()
 
 

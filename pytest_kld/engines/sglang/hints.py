@@ -11,7 +11,7 @@ _HINTS = (
     ),
     (
         r"w13_weight|modules_to_not_convert",
-        "AWQ checkpoints with modules_to_not_convert need a SGLang with pull request 20439 or later.",
+        "AWQ checkpoints with modules_to_not_convert need an SGLang with pull request 20439 or later.",
     ),
     (
         r"(?i)(hybrid|gdn|attention.backend|sm_?120|blackwell)[\s\S]*AssertionError|AssertionError[\s\S]*(triton|trtllm_mha|fa4)",
