@@ -263,15 +263,15 @@ def test_a_damaged_capture_of_a_later_round_gives_way_to_the_first_round(
         return dict(row)
 
     damaged: list[Path] = []
-    first = run("--kld-windows=auto:16", "--kld-max-mean=5")
-    run("--kld-windows=16", "--kld-max-mean=5")
+    first = run("--kld-windows=auto:16", "--kld-max-max=1000")
+    run("--kld-windows=16", "--kld-max-max=1000")
     for path in pytester.path.glob("cache/captures/*/windows/00015.safetensors"):
         damaged.append(path)
         path.write_bytes(b"")
     for path in pytester.path.glob("cache/scores/*.safetensors"):
         path.unlink()
     assert len(damaged) == 2
-    again = run("--kld-windows=auto:16", "--kld-max-mean=5")
+    again = run("--kld-windows=auto:16", "--kld-max-max=1000")
     assert again["figures"] == first["figures"]
     assert again["figures"]["positions"] < 16 * 64
 
