@@ -71,7 +71,7 @@ def test_every_chart_is_drawn_without_complaint_or_request(
         ("quantiles", "dot", "path,circle"): 2 * 6,
         ("text", "line", "path"): 2 * 2,
         ("windows", "rect", "rect"): 2 * 3,
-        ("limits", "dot", "path,circle"): 2 * 2,
+        ("limits", "dot", "path,circle"): 3 * 2,
     }
     for (chart, mark, shapes), count in marks.items():
         drawn = boxes(chromium, *(f"[data-chart={chart}] [aria-label={mark}] {shape}" for shape in shapes.split(",")))
@@ -127,7 +127,7 @@ def test_every_chart_has_its_numbers_in_a_table(chromium: Browser, gated: Path) 
         "text": sum(len(one["text"]) for one in candidates),
         "windows": 3 * 2,
     }
-    assert len(boxes(chromium, "#limits tbody tr")) == 4 * 2
+    assert len(boxes(chromium, "#limits tbody tr")) == 5 * 2
     labels = chromium.run("return [...document.querySelectorAll('.chart svg')].map(e => e.getAttribute('aria-label'))")
     assert all(labels)
 
@@ -268,7 +268,7 @@ def test_too_few_windows_for_an_interval_are_named(chromium: Browser, tmp_path: 
     (check,) = few.checks
     shown = chromium.run("return document.querySelector('[aria-label=Limits] tbody').innerText")
     assert f"at least {check['interval']['least_windows']} windows are needed" in shown
-    assert "[0, inf]" in shown
+    assert "[0, ∞]" in shown
     assert not chromium.complaints()
 
 
