@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """What can be known of a model before its weights are loaded.
+    """What is known about a model before its weights are loaded.
 
     Attributes:
         model_class: the architecture's name.
-        vocab_size: columns of the logits that are tokens, by the model's config; more are padding.
+        vocab_size: columns of the logits that are tokens, according to the model's config; columns beyond are padding.
         hidden_size: width of the last hidden state.
-        context_length: positions that the model is made for, or None if its config does not say.
+        context_length: number of positions that the model supports, or None if its config does not say.
         dtype: dtype of hidden states and logits, e.g. `bfloat16`.
         quantization: the quantization method's name, or None.
 
@@ -46,9 +46,9 @@ class Prefill:
     """What the engine computed for one window.
 
     Attributes:
-        window: its index.
-        hidden: [N, H], what went into the head, in the engine's dtype; None if that was not seen.
-        logits: [N, V] or, where rows were asked for, [K, V]: the engine's own, in its dtype.
+        window: the window's index.
+        hidden: [N, H], the head's input, in the engine's dtype; None if it was not observed.
+        logits: [N, V], or [K, V] if rows were requested: the engine's own, in its dtype.
 
     """
 
@@ -62,19 +62,19 @@ class LoadedModel(Protocol):
 
     @property
     def facts(self) -> ModelFacts:
-        """What it turned out to be."""
+        """The facts of the loaded model."""
 
     @property
     def heads(self) -> Sequence[Head]:
-        """What its head may be, likeliest first; empty if it has no plain one. The check rows decide."""
+        """Candidates for its head, the most likely first; empty if it has no plain head. The check rows decide."""
 
     def prefill(self, windows: Windows, indices: Sequence[int], rows: Sequence[int] | None) -> Iterator[Prefill]:
-        """Run windows and yield what came out, in any order.
+        """Run windows and yield the results, in any order.
 
         Args:
             windows: all windows.
             indices: which to run.
-            rows: positions whose logits are wanted; None means all of them.
+            rows: positions whose logits are requested; None means all positions.
 
         """
 
@@ -86,10 +86,10 @@ class Engine(Protocol):
         """Read a model's facts without loading its weights."""
 
     def fingerprint(self, subject: Subject) -> dict[str, Any]:
-        """Return what, beyond the model's files, determines the bits of a capture, as JSON."""
+        """Return everything but the model's files that determines the bits of a capture, as JSON."""
 
     def open(self, subject: Subject) -> AbstractContextManager[LoadedModel]:
-        """Load a model; it is gone from memory when the context ends."""
+        """Load a model; the end of the context frees its memory."""
 
     def close(self) -> None:
-        """Release what is kept between models, such as a running server. The next `open` starts anew."""
+        """Release what is kept between models, such as a running server. The next `open` starts afresh."""

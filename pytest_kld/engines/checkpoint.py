@@ -23,11 +23,11 @@ def read_facts(model: ModelSpec, *, dtype: str, trust_remote_code: bool) -> Mode
 
     Args:
         model: the pinned model.
-        dtype: what it will be loaded in; `auto` is the checkpoint's own.
+        dtype: the dtype to load the model in; `auto` is the checkpoint's own.
         trust_remote_code: whether a repository's own code may run.
 
     Raises:
-        ModelError: there is no config, or it cannot be read.
+        ModelError: the config is missing or cannot be read.
 
     """
     return facts_of(read_config(model, trust_remote_code=trust_remote_code), None if dtype == "auto" else dtype)
@@ -37,14 +37,14 @@ def read_config(model: ModelSpec, *, trust_remote_code: bool) -> PretrainedConfi
     """Read a model's config.
 
     Raises:
-        ModelError: there is none, or it cannot be read.
+        ModelError: the config is missing or cannot be read.
 
     """
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             model.source, revision=model.revision or "main", trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # config files raise whatever they contain
+    except Exception as error:  # a config file can raise any exception, depending on its contents
         raise ModelError(f"cannot read the config of {model.label}: {error}") from error
     return config
 
@@ -53,9 +53,9 @@ def facts_of(config: PretrainedConfig, dtype: str | None, quantization: Any = No
     """Return the facts that a config holds.
 
     Args:
-        config: the checkpoint's, or the loaded model's.
-        dtype: what the model is loaded in; None is the config's own.
-        quantization: what an argument declares; the config's own goes before it, as in transformers.
+        config: the config of the checkpoint or of the loaded model.
+        dtype: the dtype that the model is loaded in; None means the config's own.
+        quantization: what an argument declares; the config's own takes precedence, as in transformers.
 
     """
     text = config.get_text_config()

@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from pytest_kld.subjects.model import ModelSpec
 
 _HARMLESS = (
-    r"(^|\.)rotary_emb\.inv_freq$",  # computed from the config; old checkpoints hold it for each layer
-    r"(^|\.)attn\.masked_bias$",  # the constant that GPT-2 and its kin once wrote into masked scores
+    r"(^|\.)rotary_emb\.inv_freq$",  # computed from the config; old checkpoints store it for each layer
+    r"(^|\.)attn\.masked_bias$",  # the constant that old versions of GPT-2 and related models wrote into masked scores
 )
-"""Tensors without a place in the model that change nothing. transformers leaves out what a class itself declares, such
-as the layers of multi-token prediction, before these are looked at."""
+"""Tensors without a place in the model that change nothing. Before this check, transformers already drops the names
+that a class itself declares, such as the layers of multi-token prediction."""
 _CAUSAL_MASK = re.compile(r"(^|\.)attn\.bias$")
-"""GPT-2 and its kin once saved their causal mask, [1, 1, N, N], under this name."""
+"""Old versions of GPT-2 and related models saved their causal mask, [1, 1, N, N], under this name."""
 _NO_ADAPTER = {"subfolder": ".no-adapter"}
-"""Where to look for an adapter so that none is found."""
+"""A folder that does not exist, so that transformers finds no adapter."""
 
 
 def load_network(
@@ -44,15 +44,16 @@ def load_network(
     Args:
         model: the pinned model.
         options: keyword arguments of `from_pretrained`.
-        device: where it goes, unless `device_map` among the options says it.
-        quantization: the method that config or options declare, or None.
+        device: where to put the model, unless the options have a `device_map`.
+        quantization: the method that the config or the options declare, or None.
 
     Returns:
         The model in evaluation mode; an adapter in its directory is active.
 
     Raises:
-        ModelError: it does not load or does not fit the memory; tensors are missing, unused or have another shape; it
-            is not quantized as declared, or not in the dtype that was asked for; its files contradict each other.
+        ModelError: the model does not load or does not fit in memory; tensors are missing or unused, or have another
+            shape; the model is not quantized as declared, or not in the requested dtype; its files contradict each
+            other.
 
     """
     options = dict(options)
@@ -71,7 +72,7 @@ def load_network(
         raise
     except torch.OutOfMemoryError as error:
         raise _too_large(model, device, error) from error
-    except Exception as error:  # loaders, quantizers and remote code raise whatever they like
+    except Exception as error:  # loaders, quantizers and remote code may raise any exception
         raise ModelError(f"transformers cannot load {model.label}: {type(error).__name__}: {error}") from error
     stored = read_stored(model, options)
     _require_complete(info, model, stored)
@@ -92,22 +93,22 @@ def move(network: PreTrainedModel, device: torch.device, model: ModelSpec) -> No
     """Move a model to a device.
 
     Raises:
-        ModelError: it does not fit there, or cannot be moved.
+        ModelError: the model does not fit on the device, or cannot be moved.
 
     """
     try:
         network.to(device)  # type: ignore[arg-type]
     except torch.OutOfMemoryError as error:
         raise _too_large(model, device, error) from error
-    except Exception as error:  # quantizers refuse it, drivers fail
+    except Exception as error:  # some quantizers refuse to move, and drivers fail
         raise ModelError(f"{model.label} cannot be moved to {device}: {type(error).__name__}: {error}") from error
 
 
 def has_adapter(model: ModelSpec, options: Mapping[str, Any]) -> bool:
-    """Tell whether there is an adapter beside the model's weights, which transformers loads with them.
+    """Tell whether the model's weights come with an adapter, which transformers would load with them.
 
     Raises:
-        ModelError: there is one, and the library `peft` is not installed: transformers would leave it out.
+        ModelError: there is one, but the library `peft` is not installed: transformers would ignore the adapter.
 
     """
     if model.path is not None:
@@ -131,9 +132,9 @@ def _from_pretrained(model: ModelSpec, options: Mapping[str, Any]) -> tuple[PreT
 
 
 def _check_base(model: ModelSpec, options: Mapping[str, Any], quantization: str | None) -> None:
-    """Load the base of an adapter by itself: the loading report of a model with an adapter is the adapter's.
+    """Load the base model of an adapter by itself, since a model with an adapter reports only the adapter's loading.
 
-    It takes no memory, unless it is quantized: quantizers need the values.
+    This takes no memory unless the base is quantized: quantizers need the values.
     """
     place = {} if quantization else {"device_map": {"": "meta"}}
     base = {**options, "adapter_kwargs": _NO_ADAPTER, **place}
@@ -179,21 +180,21 @@ def _is_harmless(name: str, tensor: StoredTensor | None) -> bool:
 
 
 def _require_dtype(network: PreTrainedModel, options: Mapping[str, Any], label: str) -> None:
-    """Refuse a model in another dtype than was asked for; some quantizers choose theirs with a warning."""
+    """Refuse a model that is not in the requested dtype; some quantizers choose their own and only warn."""
     asked = options.get("torch_dtype") or options.get("dtype")
     if isinstance(asked, str):
         asked = getattr(torch, asked, None)
     if isinstance(asked, torch.dtype) and network.dtype != asked:
         raise ModelError(
-            f"{label} was to be loaded in {asked} and is in {network.dtype}: its quantization does not take the other. "
-            "Give --kld-dtype=auto, or that one."
+            f"{label} was to be loaded in {asked} and is in {network.dtype}: its quantization does not support "
+            f"{asked}. Give --kld-dtype=auto or --kld-dtype={str(network.dtype).removeprefix('torch.')}."
         )
 
 
 def _require_one_head(network: PreTrainedModel, label: str, stored: Mapping[str, StoredTensor] | None) -> None:
     """Refuse a checkpoint whose config ties the head to the embeddings and that holds another head.
 
-    transformers takes the head from the file then; other engines take the embeddings.
+    In that case transformers takes the head from the file, and other engines take the embeddings.
     """
     head, embeddings = network.get_output_embeddings(), network.get_input_embeddings()
     names = [name for name, module in network.named_modules() if module is head]

@@ -1,4 +1,4 @@
-"""Quantized checkpoints: what a config declares, whether transformers can run it, and whether it did."""
+"""Quantized checkpoints: what a config declares, whether transformers can run it, and whether it did so."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 
 _BITSANDBYTES = "bitsandbytes"
 _OTHER_KEYS = ("compression_config",)
-"""Fields that have declared a quantization to other loaders, and that transformers does not read."""
+"""Fields that declare a quantization to other loaders but that transformers does not read."""
 
 
 def declared(config: PretrainedConfig) -> Any:
-    """Return the quantization that a config declares, as a dict or an object of transformers; None if it has none."""
+    """Return the quantization that a config declares, as a dict or a transformers object; None if it has none."""
     return getattr(config, "quantization_config", None) or getattr(
         config.get_text_config(), "quantization_config", None
     )
 
 
 def method_of(quantization: Any) -> str | None:
-    """Return the name of a quantization's method, e.g. `bitsandbytes`; None without one."""
+    """Return the name of a quantization's method, e.g. `bitsandbytes`, or None."""
     if isinstance(quantization, dict):
         if quantization.get("load_in_4bit") or quantization.get("load_in_8bit"):
             return _BITSANDBYTES
         method = quantization.get("quant_method", "unknown")
-        if method == _BITSANDBYTES:  # transformers does not know it without one of the two
+        if method == _BITSANDBYTES:  # transformers rejects it unless one of the two is set
             method = "bitsandbytes without load_in_4bit or load_in_8bit"
     else:
         method = getattr(quantization, "quant_method", None)
@@ -46,13 +46,13 @@ def require_supported(config: PretrainedConfig, where: str, arguments: Mapping[s
     """Refuse a config whose quantization transformers would skip.
 
     Args:
-        config: the checkpoint's.
-        where: its file, for messages.
+        config: the checkpoint's config.
+        where: the config's file, for messages.
         arguments: keyword arguments of `from_pretrained`.
 
     Raises:
-        ModelError: the method is unknown to this transformers, which would run the plain weights; or the argument
-            `quantization_config` says something else than the config, which wins.
+        ModelError: this version of transformers does not know the method and would run the plain weights; or the
+            argument `quantization_config` contradicts the config, which takes precedence.
 
     """
     quantization = declared(config)
@@ -68,9 +68,9 @@ def require_supported(config: PretrainedConfig, where: str, arguments: Mapping[s
     if method != _BITSANDBYTES and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         known = {name for name in AUTO_QUANTIZATION_CONFIG_MAPPING if not name.startswith(_BITSANDBYTES)}
         raise ModelError(
-            f"{where} declares quant_method {method!r}, which this transformers does not know: it would run the "
-            f"weights without it. It supports {', '.join(sorted(known | {_BITSANDBYTES}))}. Use another version of "
-            "transformers, or --kld-engine=sglang."
+            f"{where} declares quant_method {method!r}, which this version of transformers does not know: it "
+            f"would run the weights without it. It supports {', '.join(sorted(known | {_BITSANDBYTES}))}. Use another "
+            "version of transformers, or --kld-engine=sglang."
         )
     given = arguments.get("quantization_config")
     if given is None:
@@ -78,7 +78,7 @@ def require_supported(config: PretrainedConfig, where: str, arguments: Mapping[s
     if method_of(given) != method or (not hasattr(given, "get_loading_attributes") and not _agree(given, quantization)):
         raise ModelError(
             f"{where} declares quant_method {method!r}, and the argument `quantization_config` ({method_of(given)}) "
-            "says something else: transformers would ignore the argument. Leave it out, or quantize the unquantized "
+            "contradicts it: transformers would ignore the argument. Leave it out, or give it with the unquantized "
             "model."
         )
 
@@ -86,18 +86,18 @@ def require_supported(config: PretrainedConfig, where: str, arguments: Mapping[s
 def require_quantized(
     network: PreTrainedModel, method: str, label: str, stored: Mapping[str, StoredTensor] | None, *, gguf: bool
 ) -> None:
-    """Refuse a model that was said to be quantized and is not.
+    """Refuse a model that is declared to be quantized and is not.
 
     transformers dequantizes some formats when it loads them (fp8 and mxfp4 without their kernels, GGUF,
-    `dequantize=True`): the weights have the quantized values in a wide dtype. It forgets its quantizer then, so what is
-    left to look at are the files: they hold quantized tensors, and the caller has refused those that were not used.
+    `dequantize=True`): the weights have the quantized values in a wide dtype. It then drops its quantizer, so only the
+    files remain as evidence: they must hold quantized tensors, and the caller has refused tensors that were not used.
 
     Args:
         network: the loaded model.
         method: the quantization's name.
-        label: the model's, for messages.
-        stored: what the checkpoint's files hold; None if unknown.
-        gguf: whether it is a GGUF file, whose quantization is the dtype of each tensor.
+        label: the model's name for messages.
+        stored: the tensors in the checkpoint's files; None if unknown.
+        gguf: whether the checkpoint is a GGUF file, in which each tensor's dtype is its quantization.
 
     Raises:
         ModelError: no module is quantized, or plain weights were "dequantized".
@@ -119,7 +119,7 @@ def require_quantized(
 
 
 def require_plain(stored: Mapping[str, StoredTensor], label: str) -> None:
-    """Refuse quantized tensors that nothing declares to be quantized: they would be loaded as if they were weights.
+    """Refuse quantized tensors that no config declares: transformers would load them as if they were plain weights.
 
     Raises:
         ModelError: there are tensors of at most 8 bits, or weights of integers.
@@ -129,8 +129,8 @@ def require_plain(stored: Mapping[str, StoredTensor], label: str) -> None:
     if packed:
         first = stored[packed[0]]
         raise ModelError(
-            f"{label}: {first.file} stores {len(packed)} tensors as numbers of a quantization, e.g. {packed[0]} "
-            f"({first.dtype}), and config.json declares none: transformers would take them for the weights. Restore "
+            f"{label}: {first.file} stores {len(packed)} tensors as codes of a quantization, e.g. {packed[0]} "
+            f"({first.dtype}), and config.json declares none: transformers would use them as plain weights. Restore "
             "its `quantization_config`, or store the weights in a dtype of 16 bits or more."
         )
 
@@ -143,7 +143,7 @@ def _is_quantized(module: nn.Module) -> bool:
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters(recurse=False)
-    # Integer buffers are common in plain models (positions, masks); codes of a quantization have at most 8 bits,
+    # Integer buffers are common in plain models (positions, masks); a quantization's codes have at most 8 bits,
     # or are packed into a matrix under one of these names.
     for name, buffer in module.named_buffers(recurse=False):
         if (buffer.element_size() == 1 and buffer.dtype != torch.bool and buffer.dim() > 1) or name in (
@@ -156,7 +156,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 def _holds_codes(tensor: Tensor) -> bool:
     if getattr(tensor, "quant_state", None) is not None:  # bitsandbytes; its codes may be stored as bfloat16
         return True
-    if type(tensor).__module__.partition(".")[0] not in ("torch", "bitsandbytes"):  # tensors of torchao, of quanto
+    if type(tensor).__module__.partition(".")[0] not in ("torch", "bitsandbytes"):  # tensors of torchao or quanto
         return True
     return tensor.element_size() == 1 or not (tensor.is_floating_point() or tensor.is_complex())
 

@@ -1,4 +1,4 @@
-"""The served engines by their names. An engine's module is imported when it is asked for."""
+"""The served engines by name. An engine's module is imported on request."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SERVED = {"sglang": "pytest_kld.engines.sglang.kind"}
 
 
 def served_kind(name: str) -> ServerKind:
-    """Return a served engine by its name.
+    """Return a served engine by name.
 
     Raises:
         KeyError: no served engine has that name.

@@ -1,4 +1,4 @@
-"""What the files of a checkpoint hold, by their headers: names, dtypes and shapes of tensors. No weights are read."""
+"""The tensors in a checkpoint's files: names, dtypes and shapes from the headers. No weights are read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _WIDE = (*_FLOATS, "C64", "BOOL", "I64", "I32", "I16", "U64", "U32", "U16")
-"""What safetensors calls dtypes that say nothing of a quantization by themselves; all others have at most 8 bits."""
+"""safetensors' names of dtypes that do not by themselves indicate a quantization; all others have at most 8 bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,7 @@ class StoredTensor:
 
     Attributes:
         file: the file.
-        dtype: as safetensors calls it, e.g. `BF16`.
+        dtype: the dtype's name in safetensors, e.g. `BF16`.
         shape: its shape in the file.
 
     """
@@ -39,7 +39,7 @@ class StoredTensor:
     shape: tuple[int, ...]
 
     def is_packed(self, name: str) -> bool:
-        """Tell whether these are no plain weights: at most 8 bits, or a weight of integers."""
+        """Tell whether the tensor is not plain weights: it has at most 8 bits, or is a weight of integers."""
         return self.dtype not in _WIDE or (self.dtype not in _FLOATS and "weight" in name.rsplit(".", 1)[-1])
 
 
@@ -47,12 +47,12 @@ def read_stored(model: ModelSpec, arguments: Mapping[str, Any]) -> dict[str, Sto
     """Return the tensors of a checkpoint by name; None if its format has no headers (`.bin`, GGUF).
 
     Args:
-        model: the pinned model; one of the hub is in the hub's cache.
-        arguments: keyword arguments of `from_pretrained`; some choose other files.
+        model: the pinned model; a model from the hub is in the hub's cache.
+        arguments: keyword arguments of `from_pretrained`; some select other files.
 
     Raises:
-        ModelError: the files contradict each other: an index that names what they do not hold, two checkpoints in one
-            directory, or a tensor with two values. Loaders differ in which of them they take.
+        ModelError: the files contradict each other: an index names tensors or files that are not there, a directory
+            holds two checkpoints, or a tensor has two values. Loaders differ in which one they take.
 
     """
     directory = _directory_of(model, arguments)
@@ -71,7 +71,9 @@ def read_stored(model: ModelSpec, arguments: Mapping[str, Any]) -> dict[str, Sto
             "depends on the loader. Remove one of them."
         )
     if absent := [shard.name for shard in shards if not shard.is_file()]:
-        raise ModelError(f"{index} names {len(absent)} files that are not there, e.g. {absent[0]}. Get them again.")
+        raise ModelError(
+            f"{index} names {len(absent)} files that are not there, e.g. {absent[0]}. Download them again."
+        )
     stored = _headers(shards)
     if lacking := sorted(weight_map.keys() - stored.keys()):
         raise ModelError(
@@ -85,7 +87,7 @@ def _headers(files: list[Path]) -> dict[str, StoredTensor]:
     stored: dict[str, StoredTensor] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - this is no dict
+            for name in file.keys():  # noqa: SIM118 - this is not a dict
                 if name in stored and not _same(name, stored[name].file, path):
                     raise ModelError(
                         f"{path.parent}: {stored[name].file.name} and {path.name} hold different values of {name}: "

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pytest_kld.text.windows import Windows
 
 _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
-"""Config fields of a factor on the logits; some architectures multiply by theirs and some divide."""
+"""Config fields for a factor on the logits; some architectures multiply by it and some divide."""
 _SOFTCAP = "final_logit_softcapping"
 _QUANTIZERS = ("bitsandbytes", "compressed-tensors", "gptqmodel", "hqq", "optimum-quanto", "torchao")
 _KERNELS = (
@@ -45,11 +45,11 @@ _KERNELS = (
     "peft",
     "triton",
 )
-"""Packages that transformers uses by itself where they are installed: attention, recurrent layers, adapters."""
+"""Packages that transformers uses automatically if they are installed: attention, recurrent layers, adapters."""
 _NOT_IN_KEY = {
-    "device",  # the key has what it is: `auto` and `cpu` may be the same
+    "device",  # the key names the actual device: `auto` and `cpu` may be the same
 }
-"""Settings of the engine that are left out of its fingerprint, and why."""
+"""Settings of the engine that its fingerprint omits, each with the reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +113,7 @@ class TransformersEngine:
                 torch.cuda.empty_cache()
 
     def close(self) -> None:
-        """Do nothing: models go when their context ends."""
+        """Do nothing: models are freed when their context ends."""
 
     def _load(
         self, model: ModelSpec, arguments: Mapping[str, Any], device: torch.device, quantization: str | None
@@ -123,7 +123,7 @@ class TransformersEngine:
         return load_network(model, options, device, quantization)
 
     def _dtype_name(self, arguments: Mapping[str, Any]) -> str | None:
-        """Return the dtype that the model is asked to be in; None is the config's own."""
+        """Return the dtype that is requested for the model; None means the config's own."""
         dtype = arguments.get("torch_dtype") or arguments.get("dtype") or self.dtype
         if not isinstance(dtype, str | torch.dtype) or dtype == "auto":
             return None
@@ -132,7 +132,7 @@ class TransformersEngine:
 
 @dataclass(slots=True)
 class LoadedTransformer:
-    """A loaded model whose head module is watched."""
+    """A loaded model with a hook on its head module."""
 
     network: PreTrainedModel | None
     label: str
@@ -141,17 +141,17 @@ class LoadedTransformer:
 
     @property
     def facts(self) -> ModelFacts:
-        """What the model turned out to be."""
+        """The facts of the loaded model."""
         network = self._loaded
         facts = facts_of(network.config, str(network.dtype).removeprefix("torch."))
         return replace(facts, quantization=self.quantization)  # dequantized weights have the quantized values
 
     @property
     def heads(self) -> list[Head]:
-        """What its head may be: a plain linear one, with each reading of the config's transforms.
+        """Candidates for its head: a plain linear one, with each interpretation of the config's transforms.
 
         Raises:
-            ModelError: its weight was offloaded and cannot be read back.
+            ModelError: the head's weight was offloaded and cannot be read back.
 
         """
         module, config = self._loaded.get_output_embeddings(), self._loaded.config.get_text_config()
@@ -184,19 +184,19 @@ class LoadedTransformer:
                 ids = torch.from_numpy(windows.token_ids[index]).long()[None].to(start)
                 try:
                     logits = network(input_ids=ids, use_cache=False).logits[0]
-                except Exception as error:  # out of memory, kernels that are not there, remote code
+                except Exception as error:  # out of memory, missing kernels, remote code
                     more = isinstance(error, torch.OutOfMemoryError)
                     hint = " Give a smaller --kld-window-size or --kld-dtype, or a `device_map`." if more else ""
                     raise CaptureError(
                         f"{self.label}, window {index}: the forward pass failed: {type(error).__name__}: {error}{hint}"
                     ) from error
-                # A head that runs more than once (speculative layers) or not at all is not understood here.
+                # If the head runs more than once (speculative layers) or not at all, its input is ambiguous or unknown.
                 hidden = self._seen[0] if len(self._seen) == 1 else None
                 if selected is not None and len(logits) == windows.size:
                     logits = logits[selected.to(logits.device)]
                 if selected is not None:
-                    # With `device_map` the hidden states come from the last layer's device, and the logits are
-                    # returned on the first one's; the check multiplies them where the head is.
+                    # With `device_map` the hidden states are on the last layer's device, and the logits are
+                    # returned on the first layer's; the check runs on the head's device.
                     hidden, logits = None if hidden is None else hidden.to(end), logits.to(end)
                 yield Prefill(window=index, hidden=hidden, logits=logits)
         finally:
@@ -205,7 +205,7 @@ class LoadedTransformer:
                 hook.remove()
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Release the model."""
         self._seen.clear()
         self.network = None
 
@@ -217,12 +217,12 @@ class LoadedTransformer:
 
 
 def _watch(head: nn.Module, seen: list[Tensor], rows: Tensor | None) -> Any:
-    """Note what goes into the head; let only the wanted rows through, so that it computes no others."""
+    """Record the head's input and pass only the requested rows on, so that the head computes no others."""
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         hidden = args[0]
         seen.append(hidden[0])
-        if rows is None or int(rows.max()) >= hidden.shape[1]:  # another use of the head, not the prefill's
+        if rows is None or int(rows.max()) >= hidden.shape[1]:  # the head is used for something else than the prefill
             return None
         return (hidden[:, rows.to(hidden.device)], *args[1:])
 
@@ -230,18 +230,18 @@ def _watch(head: nn.Module, seen: list[Tensor], rows: Tensor | None) -> Any:
 
 
 def _device_of(module: Any) -> torch.device:
-    """Return where a module's weight is; the CPU if it is offloaded: its inputs are moved when it runs."""
+    """Return a module's device; the CPU if it is offloaded, since its inputs are moved when it runs."""
     weight = getattr(module, "weight", None)
     return weight.device if isinstance(weight, Tensor) and not weight.is_meta else torch.device("cpu")
 
 
 @contextmanager
 def _brought_back(module: nn.Module, label: str) -> Iterator[None]:
-    """Have an offloaded module's tensors in the CPU's memory; one that is not offloaded stays as it is."""
+    """Load an offloaded module's tensors into the CPU's memory; leave any other module as it is."""
     if not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
         yield
         return
-    from accelerate.utils import align_module_device, has_offloaded_params  # what offloaded it is there
+    from accelerate.utils import align_module_device, has_offloaded_params  # installed, since it offloaded the module
 
     if not has_offloaded_params(module):
         raise ModelError(

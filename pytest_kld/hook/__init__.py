@@ -1,16 +1,16 @@
-"""The capture hook: what runs inside a server's own processes.
+"""The capture hook: the code that runs inside a server's own processes.
 
-It is inert unless the environment variable `PYTEST_KLD_CAPTURE_DIR` names a directory. Then it watches the forward
-passes of the main model and writes, for requests whose id is ours, what goes into the language-model head.
+It is inert unless the environment variable `PYTEST_KLD_CAPTURE_DIR` names a directory. If it does, the hook
+watches the forward passes of the main model and writes the input of the language-model head for requests with our ids.
 
-This package imports nothing but the standard library, torch and safetensors, and torch only when a hook is put in.
-`protocol` is what both sides agree on, `recorder` what is kept, `writer` how it is written. One module for each engine
-holds its seams (`sglang`): where the engine is hooked, and how its objects are read. A module of seams has:
+This package imports nothing but the standard library, torch and safetensors, and torch only when a hook is installed.
+`protocol` defines what both sides agree on, `recorder` what is captured, `writer` how it is written. One module per
+engine holds its seams (`sglang`): where the engine is hooked, and how its objects are read. A module of seams has:
 
     install()           the engine calls it in each of its processes
     PACKAGES            the packages whose versions determine a capture's bits, the engine's own first
-    why_not_hooked()    why `install` would not be called in the engine that is installed, or None
-    options()           the flags of the release that is installed, or None; see `options`
+    why_not_hooked()    why the installed engine would not call `install`, or None
+    options()           the flags of the installed release, or None; see `options`
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 
 def put_in(hook: Callable[[Recorder], None]) -> None:
-    """Hook an engine if captures are wanted. It never raises.
+    """Hook an engine if captures are requested. This never raises.
 
     Args:
-        hook: wraps the engine's methods so that they tell a recorder of their passes.
+        hook: wraps the engine's methods so that they report their passes to a recorder.
 
     """
     directory = os.environ.get(CAPTURE_DIR_VARIABLE)
@@ -40,5 +40,5 @@ def put_in(hook: Callable[[Recorder], None]) -> None:
         from pytest_kld.hook.recorder import Recorder
 
         hook(Recorder(directory))
-    except Exception:  # the server must live; pytest-kld finds the report and fails the capture
+    except Exception:  # the server must keep running; pytest-kld finds the report and fails the capture
         report_install_error(directory, traceback.format_exc())

@@ -1,4 +1,4 @@
-"""Tell what is installed where an engine runs: `python -m pytest_kld.hook SEAMS` prints one line of JSON.
+"""Report what is installed where an engine runs: `python -m pytest_kld.hook SEAMS` prints one line of JSON.
 
 SEAMS is the module that hooks the engine. It imports neither the engine nor torch, so it answers at once.
 """
@@ -16,7 +16,7 @@ from pytest_kld.servers.gpus import query_gpus
 
 
 def main() -> None:
-    """Print versions, GPUs, the release's flags, and whether the hook gets into the engine."""
+    """Print versions, GPUs, the release's flags, and whether the engine will load the hook."""
     if len(sys.argv) != 2:
         sys.exit("usage: python -m pytest_kld.hook SEAMS, such as pytest_kld.hook.sglang")
     seams = import_module(sys.argv[1])

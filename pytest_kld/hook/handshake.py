@@ -1,4 +1,4 @@
-"""What the hook says of the server that it is in."""
+"""The hook's description of the server that it runs in."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from pytest_kld.servers.environment import numeric_environment
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerDescription:
-    """Who answers. The seams of an engine read it from the engine's objects.
+    """The server that answers. An engine's seams read this from the engine's objects.
 
     Attributes:
         engine: the engine's name, e.g. `sglang`.
-        version: its version.
+        version: the engine's version.
         device: the device's name.
         model_names: every name under which it serves its model: path, hub id, served name.
         model_class: the architecture's name.
-        vocab_size: columns of the logits that are tokens; more are padding.
+        vocab_size: columns of the logits that are tokens; columns beyond are padding.
         hidden_size: width of the last hidden state.
         dtype: dtype of hidden states and logits, e.g. `bfloat16`.
         quantization: the quantization method's name, or None.
-        head: what the head is.
+        head: the head's description.
         head_ranks: how many ranks hold a part of the head.
         head_part: returns this rank's part of a plain head; None if it holds none.
         arguments: further settings for the manifest, plain values.
-        refusal: why captures of this server would be wrong, in one sentence; None if they are right.
+        refusal: why captures of this server would be wrong, in one sentence; None if they are valid.
 
     """
 
@@ -55,7 +55,7 @@ class ServerDescription:
 
 
 def write_handshake(run: Path, description: ServerDescription) -> None:
-    """Write who answers: versions, model, numerics, head, environment."""
+    """Write the server's description: versions, model, numerics, head, environment."""
     fields = ServerDescription.__dataclass_fields__
     told = {name: getattr(description, name) for name in fields if name not in ("head", "head_part")}
     write_json_whole(

@@ -1,4 +1,4 @@
-"""The head of a served model: what it is, and a rank's part of it."""
+"""The head of a served model: its description, and a rank's part of it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor
 
 _PLAIN_METHODS = {None, "UnquantizedEmbeddingMethod", "UnquantizedLinearMethod", "PackWeightMethod"}
-"""Quantization methods of a head that is a plain product."""
+"""Quantization methods that leave the head a plain product."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadDescription:
-    """What the head is.
+    """Description of the head.
 
     Attributes:
         plain: whether it is a plain product of the hidden states with a weight.
@@ -46,12 +46,12 @@ class HeadPart:
 
 
 def describe_head(head: Any, scale: float | None = None, softcap: float | None = None) -> HeadDescription:
-    """Describe a module; one with a `quant_method` is plain only if that leaves the product as it is.
+    """Describe a module; one with a `quant_method` is plain only if that method leaves the product unchanged.
 
     Args:
         head: the module.
-        scale: factor on its product, if there is one.
-        softcap: the softcap on its product, if there is one.
+        scale: factor on its product, if any.
+        softcap: softcap on its product, if any.
 
     """
     method = getattr(head, "quant_method", None)
@@ -69,8 +69,8 @@ def describe_head(head: Any, scale: float | None = None, softcap: float | None =
 def head_part(head: Any, rank: int) -> HeadPart | None:
     """Return this rank's rows of the head without padding.
 
-    A module whose vocabulary is split says which rows it holds with `shard_indices`. One that is not split is rank 0's
-    alone.
+    If a module's vocabulary is split, its `shard_indices` give the rows that it holds. If it is not split, only rank 0
+    returns it.
     """
     shard = getattr(head, "shard_indices", None)
     if shard is None:

@@ -1,7 +1,7 @@
 """The flags of an SGLang release, read from its source: importing its parser takes seconds and a working torch.
 
 Releases declare flags in two ways, and newer ones in both: `parser.add_argument("--tp-size", "--tp", dest=…)`, and
-fields of a class, `tp_size: A[int, Arg(help=…, aliases=["--tp"])]`, whose name is the flag's. Standard library only.
+fields of a class, `tp_size: A[int, Arg(help=…, aliases=["--tp"])]`, whose name gives the flag. Standard library only.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from pathlib import Path
 
 _SOURCES = ("srt/server_args.py", "srt/arg_groups/fields/*.py")
 _KNOWN_FLAG = "--model-path"
-"""A flag of every release: a table without it was misread."""
+"""A flag that every release has: a table without it was misread."""
 
 
 def read_options(root: Path) -> dict[str, tuple[str, str]] | None:
     """Return each flag's first spelling and the field that it sets; None if they cannot be read.
 
-    An entry is `"--tensor-parallel-size": ("--tp-size", "tp_size")`. Two flags with one first spelling mean the same.
-    Two that set one field need not: `--disable-x` and `--enforce-x`.
+    An entry is `"--tensor-parallel-size": ("--tp-size", "tp_size")`. Two flags with the same first spelling mean the
+    same. Two flags that set the same field may differ, such as `--disable-x` and `--enforce-x`.
 
     Args:
         root: the directory of the package `sglang`.

@@ -1,8 +1,8 @@
 """Patches for releases of SGLang that have no plugins: find, apply, check, revert.
 
-A patch is a unified diff in `patches/` with one hunk of one file, and names the releases that it is for. Its place is
-found by its text, which must be there exactly once; line numbers do not matter. Standard library only: this runs
-where SGLang runs.
+A patch is a unified diff in `patches/` with one hunk for one file, and it names the releases that it is for. Its place
+is found by its text, which must occur exactly once; line numbers do not matter. Standard library only: this runs where
+SGLang runs.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from pytest_kld.errors import PatchError
 _RELEASES = b"Releases: "
 _VERSION = re.compile(r"^__version__ = (?:version = )?['\"]([^'\"]+)['\"]", re.MULTILINE)
 _TRACE = b"pytest_kld"
-"""What a file holds that was patched by us, in whatever state it is now."""
+"""Text that every file patched by pytest-kld contains, whatever its present state."""
 
 
 class State(Enum):
-    """What was found in an SGLang, in words."""
+    """The state of an SGLang installation, in words."""
 
     NOTHING_TO_PATCH = "has plugins and needs no patch"
     PATCHED = "is patched"
@@ -36,13 +36,13 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patch:
-    """One hunk of one file.
+    """One hunk for one file.
 
     Attributes:
         releases: versions of SGLang that it is for.
-        target: the file, relative to the directory that holds the package `sglang`.
-        before: the lines of the hunk before.
-        after: the lines of the hunk after.
+        target: the file, relative to the parent directory of the package `sglang`.
+        before: the lines of the hunk before the change.
+        after: the lines of the hunk after the change.
 
     """
 
@@ -56,7 +56,7 @@ class Patch:
         """Read a unified diff.
 
         Raises:
-            ValueError: it is not one hunk of one file, or names no releases.
+            ValueError: the diff is not one hunk for one file, or names no releases.
 
         """
         head, *hunks = re.split(rb"^@@ .*\n", diff, flags=re.MULTILINE)
@@ -73,7 +73,7 @@ class Patch:
         )
 
     def state(self, contents: bytes) -> State:
-        """Tell what a file's contents are with regard to this patch."""
+        """Return the state of a file's contents with regard to this patch."""
         if contents.count(self.after) == 1 and contents.count(_TRACE) == self.after.count(_TRACE):
             return State.PATCHED
         if contents.count(self.before) == 1 and _TRACE not in contents:
@@ -83,7 +83,7 @@ class Patch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Installation:
-    """An SGLang on disk.
+    """An SGLang installation on disk.
 
     Attributes:
         root: the directory of the package `sglang`.
@@ -101,10 +101,10 @@ class Installation:
         """Find the SGLang that this interpreter imports, or the one at a path.
 
         Args:
-            path: the package's directory, or the one that holds it.
+            path: the package's directory, or its parent directory.
 
         Raises:
-            PatchError: there is none, or it is of a release that is not supported.
+            PatchError: there is no SGLang, or its release is not supported.
 
         """
         root = _root(path)
@@ -126,25 +126,25 @@ class Installation:
         return None if self.patch is None else self.root.parent / self.patch.target
 
     def state(self) -> State:
-        """Look whether it is patched."""
+        """Check whether it is patched."""
         if self.patch is None or self.target is None:
             return State.NOTHING_TO_PATCH
         return self.patch.state(_read(self.target))
 
     def apply(self) -> bool:
-        """Patch it; tell whether there was anything to do.
+        """Patch it; return whether anything had to be changed.
 
         Raises:
-            PatchError: it is modified otherwise, or cannot be written. Then nothing is changed.
+            PatchError: the file is modified otherwise, or cannot be written. Nothing is changed in that case.
 
         """
         return self._change(State.NOT_PATCHED, State.PATCHED)
 
     def revert(self) -> bool:
-        """Restore what was there before `apply`; tell whether there was anything to do.
+        """Restore the state before `apply`; return whether anything had to be changed.
 
         Raises:
-            PatchError: it is modified otherwise, or cannot be written. Then nothing is changed.
+            PatchError: the file is modified otherwise, or cannot be written. Nothing is changed in that case.
 
         """
         return self._change(State.PATCHED, State.NOT_PATCHED)
@@ -159,7 +159,7 @@ class Installation:
         if state is not origin:
             raise PatchError(
                 f"SGLang {self.release} {state.value}: {self.target} is neither as it was released nor as the patch "
-                "leaves it. Install SGLang again, or undo the change."
+                "leaves it. Reinstall SGLang, or undo the change."
             )
         old, new = (
             (self.patch.before, self.patch.after) if aim is State.PATCHED else (self.patch.after, self.patch.before)
@@ -193,7 +193,7 @@ def _root(path: Path | None) -> Path:
 
 
 def _release(root: Path, metadata_path: list[str]) -> str:
-    """Return the version that the package itself says, or else its metadata: a checkout may lack the former."""
+    """Return the version from the package itself, or else from its metadata: a checkout may lack the former."""
     for name in ("_version.py", "version.py"):
         if (root / name).is_file() and (match := _VERSION.search((root / name).read_text())):
             return match[1]
@@ -210,11 +210,11 @@ def _read(path: Path) -> bytes:
 
 
 def _replace(path: Path, contents: bytes) -> None:
-    """Put a file in the place of another at once; before that nothing has changed, after that everything."""
+    """Replace a file atomically: it has either its old or its new contents, never a mixture."""
     try:
         compile(contents, path, "exec")
     except (SyntaxError, ValueError) as error:
-        raise PatchError(f"{path} would not compile any more: {error}. Nothing was changed.") from error
+        raise PatchError(f"{path} would no longer compile: {error}. Nothing was changed.") from error
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.write_bytes(contents)

@@ -1,14 +1,14 @@
-"""What the two sides of a capture agree on: request ids and files in a directory that both see.
+"""The protocol between the two sides of a capture: request ids, and files in a directory that both see.
 
-    DIRECTORY/RUN/request.json                    pytest-kld: what is wanted; written before the first request
-    DIRECTORY/RUN/handshake.json                  hook: who answers; written at the first request
-    DIRECTORY/RUN/head-RANK.safetensors           hook: each rank's part of the head, if it is wanted
-    DIRECTORY/RUN/WINDOW.START.safetensors        hook: rows of a window from position START on
-    DIRECTORY/RUN/error-RANK.txt                  hook: what went wrong; the run is lost
-    DIRECTORY/install-error-PID.txt               hook: it could not be put in
+    DIRECTORY/RUN/request.json                    pytest-kld: what to capture; written before the first request
+    DIRECTORY/RUN/handshake.json                  hook: the server's description; written at the first request
+    DIRECTORY/RUN/head-RANK.safetensors           hook: each rank's part of the head, if requested
+    DIRECTORY/RUN/WINDOW.START.safetensors        hook: rows of a window, starting at position START
+    DIRECTORY/RUN/error-RANK.txt                  hook: what went wrong; the run has failed
+    DIRECTORY/install-error-PID.txt               hook: why it could not be installed
 
 A run is one series of requests. Its name is random, so servers, sessions and machines may share a directory. A file
-appears under its name when it is complete. Standard library only: this is imported on both sides.
+appears under its name once it is complete. Standard library only: both sides import this module.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 CAPTURE_DIR_VARIABLE = "PYTEST_KLD_CAPTURE_DIR"
-"""The one environment variable: the directory. Without it the hook does nothing."""
+"""The environment variable that names the directory, the only one. Without it the hook does nothing."""
 PROTOCOL = 2
-"""Version of the ids and files below. The handshake carries it; both sides must have the same."""
+"""Version of the ids and files below. The handshake carries it; both sides must have the same version."""
 
 REQUEST_FILE = "request.json"
 HANDSHAKE_FILE = "handshake.json"
@@ -42,34 +42,35 @@ def request_id(run: str, window: int) -> str:
 
 
 def parse_request_id(rid: object) -> tuple[str, int] | None:
-    """Return run and window of a request id, or None if it is not ours."""
+    """Return the run and the window of a request id, or None if it is not ours."""
     match = _RID.fullmatch(rid) if isinstance(rid, str) else None
     return (match[1], int(match[2])) if match else None
 
 
 def head_file(rank: int) -> str:
-    """Return the name of a rank's part of the head."""
+    """Return the file name for a rank's part of the head."""
     return f"head-{rank}.safetensors"
 
 
 def piece_file(window: int, start: int) -> str:
-    """Return the name of the rows of a window from a position on."""
+    """Return the file name for the rows of a window that start at a position."""
     return f"{window}.{start}.safetensors"
 
 
 def error_file(rank: int) -> str:
-    """Return the name of a rank's error report."""
+    """Return the file name for a rank's error report."""
     return f"error-{rank}.txt"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptureRequest:
-    """What is wanted of every window of a run.
+    """What to capture from every window of a run.
 
     Attributes:
-        hidden: the last hidden states of all positions, and logits only at `rows`; else all logits.
-        rows: positions whose logits are wanted with the hidden states.
-        head: each rank's part of the head.
+        hidden: whether to capture the last hidden states of all positions and logits only at `rows`; otherwise all
+            logits.
+        rows: positions whose logits are captured with the hidden states.
+        head: whether to capture each rank's part of the head.
 
     """
 
@@ -83,24 +84,24 @@ class CaptureRequest:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> CaptureRequest:
-        """Read what `to_json` gave."""
+        """Read what `to_json` returned."""
         return cls(**{**data, "rows": tuple(data["rows"])})
 
 
 def write_whole(path: Path, contents: bytes) -> None:
-    """Write a file under another name first, so that nobody reads half of it."""
+    """Write a file under a temporary name first, so that nobody reads half of it."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     temporary.write_bytes(contents)
     temporary.replace(path)
 
 
 def write_json_whole(path: Path, value: Any) -> None:
-    """Write JSON under another name first."""
+    """Write JSON under a temporary name first."""
     write_whole(path, json.dumps(value, indent=2, sort_keys=True).encode())
 
 
 def report_install_error(directory: str, text: str) -> None:
-    """Leave a report of a hook that could not be put in; where that fails too, nobody answers and that is noticed."""
+    """Report a hook that could not be installed. If that fails too, the other side notices the missing handshake."""
     try:
         write_whole(Path(directory) / f"install-error-{os.getpid()}.txt", text.encode())
     except OSError:

@@ -1,7 +1,7 @@
-"""What is kept of a forward pass.
+"""Capturing from a forward pass.
 
-The seams of an engine tell of a pass as plain values: which rows belong to which request, and which positions they are.
-So a window is put together by position, however it was batched, split or chunked.
+An engine's seams describe a pass in plain values: which rows belong to which request, and which positions they are. So
+a window is assembled by position, however it was batched, split or chunked.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Segment:
     """The rows of one request in one pass.
 
     Attributes:
-        request_id: the request's.
+        request_id: the request's id.
         first_row: its first row over all blocks of the pass.
-        rows: how many it owns.
+        rows: how many rows it owns.
         position: the first row's position in the request.
-        token_ids: [rows] that the model ran, on any device; None for rows that are no positions of the text, computed
-            only to sample a token.
+        token_ids: [rows] that the model ran, on any device; None if the rows are not positions of the text but were
+            computed only to sample a token.
 
     """
 
@@ -63,8 +63,8 @@ class PassDescription:
     """A forward pass, as the seams read it from the engine's batch.
 
     Attributes:
-        rank: this process among those that compute the same rows; rank 0 writes them.
-        segments: the rows of every request, ours or not, in their order.
+        rank: this process's rank among those that compute the same rows; rank 0 writes them.
+        segments: the rows of every request, ours or not, in order.
 
     """
 
@@ -81,7 +81,7 @@ class Run:
     greeted: bool = False
 
     def read(self) -> CaptureRequest:
-        """Return what is wanted, as the other side wrote it down."""
+        """Return the capture request that the other side wrote."""
         if self.request is None:
             self.request = CaptureRequest.from_json(json.loads((self.path / REQUEST_FILE).read_text()))
         return self.request
@@ -89,7 +89,7 @@ class Run:
 
 @dataclass(slots=True)
 class Pass:
-    """The forward pass that is going on, if one of its requests is ours."""
+    """The current forward pass, if one of its requests is ours."""
 
     runs: dict[str, Run]
     rank: int = 0
@@ -104,14 +104,14 @@ class Pass:
 
 
 class Recorder:
-    """Watches the forward passes of one process. Its methods never raise: a broken run is reported instead.
+    """Watches the forward passes of one process. Its methods never raise: they report a failed run instead.
 
-    A pass is told of in this order: `forward_pass` around it, `begin_logits`, `take_block` for each block of rows,
+    The calls for a pass, in order: `forward_pass` around it, `begin_logits`, `take_block` for each block of rows,
     `end_logits`.
     """
 
     def __init__(self, directory: str) -> None:
-        """Start the writer's thread when the first rows arrive, not here: engines fork."""
+        """Start no thread here, because engines fork: the writer's thread starts when the first rows arrive."""
         self.current: Pass | None = None
         self._directory = Path(directory)
         self._runs: OrderedDict[str, Run] = OrderedDict()
@@ -119,11 +119,11 @@ class Recorder:
 
     @contextmanager
     def forward_pass(self, request_ids: Sequence[object], describe: Callable[[], PassDescription]) -> Iterator[None]:
-        """Bracket a forward pass; only one with requests of ours is watched.
+        """Bracket a forward pass; only a pass with our requests is watched.
 
         Args:
-            request_ids: of the batch; empty for a pass that must not be watched, such as a draft model's.
-            describe: called if one of them is ours. What it raises is reported to our runs.
+            request_ids: the batch's request ids; empty for a pass that must not be watched, such as a draft model's.
+            describe: called if one of them is ours. An exception from it is reported to our runs.
 
         """
         previous, self.current = self.current, self._begin(request_ids, describe)
@@ -133,10 +133,10 @@ class Recorder:
             self.current = previous
 
     def begin_logits(self, describe: Describe) -> None:
-        """Greet runs that are seen for the first time.
+        """Write the handshake, and the head if requested, for runs that are seen for the first time.
 
         Args:
-            describe: called if there are some.
+            describe: called if there are any.
 
         """
         current = self.current
@@ -144,7 +144,7 @@ class Recorder:
             return
         with self._reporting(current):
             if current.logits_begun:
-                raise RuntimeError("the model computes logits twice in one forward pass: which are meant is unknown")
+                raise RuntimeError("the model computes logits twice in one forward pass: which to capture is unknown")
             current.logits_begun = True
             for run in current.runs.values():
                 if not run.greeted:
@@ -152,12 +152,12 @@ class Recorder:
                     run.greeted = True
 
     def take_block(self, hidden: Tensor, logits_of: LogitsOf) -> None:
-        """Keep what is wanted of a block of rows.
+        """Capture the requested part of a block of rows.
 
         Args:
-            hidden: [rows, H], what goes into the head.
-            logits_of: the engine's own logits of some of these rows. Every rank calls it alike, so that it may compute
-                them with the other ranks.
+            hidden: [rows, H], the head's input.
+            logits_of: returns the engine's own logits for some of these rows. Every rank makes the same calls, so that
+                the ranks may compute them together.
 
         """
         current = self.current
@@ -175,7 +175,7 @@ class Recorder:
     def end_logits(self) -> None:
         """Check that the blocks added up to the batch."""
         current = self.current
-        if current is None:  # it went wrong in between, and is reported
+        if current is None:  # something failed in between, and was reported
             return
         with self._reporting(current):
             if current.rows_seen != current.rows:
@@ -195,7 +195,7 @@ class Recorder:
         return None
 
     def _run(self, name: str) -> Run | None:
-        """Find a run; one whose directory is elsewhere, or gone, is not ours."""
+        """Find a run; a run whose directory is elsewhere or gone is not ours."""
         if name not in self._runs and (self._directory / name).is_dir():
             self._runs[name] = Run(self._directory / name)
             while len(self._runs) > _REMEMBERED_RUNS:
@@ -207,13 +207,13 @@ class Recorder:
             copies = {name: copy_to_host(tensor) for name, tensor in part.tensors.items()}
             where = {"start": str(part.start), "stop": str(part.stop)}
             self._writer.put(Piece(run.path / head_file(rank), copies, metadata=where))
-        if rank == 0 or description.refusal is not None:  # then rank 0 may never see this request
+        if rank == 0 or description.refusal is not None:  # after a refusal rank 0 may never see this request
             write_handshake(run.path, description)
 
     def _take(
         self, current: Pass, segment: Segment, start: int, block: slice, hidden: Tensor, logits_of: LogitsOf
     ) -> None:
-        """Keep what is wanted of the rows of a segment from `start` on; they are `block` of the block's rows."""
+        """Capture the requested part of a segment's rows from `start` on, which are rows `block` of the block."""
         known = parse_request_id(segment.request_id)
         run = None if known is None else current.runs.get(known[0])
         if known is None or run is None or segment.token_ids is None:
@@ -238,7 +238,7 @@ class Recorder:
 
     @contextmanager
     def _reporting(self, current: Pass) -> Iterator[None]:
-        """Turn whatever goes wrong into reports in the runs' directories, and stop watching this pass."""
+        """Turn any exception into reports in the runs' directories, and stop watching this pass."""
         try:
             yield
         except Exception:
@@ -250,5 +250,5 @@ class Recorder:
 def _report(path: Path, text: str) -> None:
     try:
         write_whole(path, text.encode())
-    except OSError:  # the run's directory is gone: nobody waits for it any more
+    except OSError:  # the run's directory is gone: nobody is waiting for it
         return

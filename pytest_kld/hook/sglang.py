@@ -1,13 +1,12 @@
 """SGLang's seams: where it is hooked, and how its objects are read. Nothing else in this package knows SGLang.
 
-Nothing of SGLang's is changed on disk if it has plugins (0.5.11 and newer: the entry point `sglang.srt.plugins`); older
-releases get one line by `pytest-kld patch`. Both call `install`.
+SGLang's files stay unchanged if it has plugins (0.5.11 and newer: the entry point `sglang.srt.plugins`); in older
+releases `pytest-kld patch` adds one line. Both ways call `install`.
 
 These methods exist in every supported release, on the single-pass and the chunked path. `ModelRunner.forward` brackets
 a forward pass and has the request ids and `is_draft_worker`, the one signal that tells a draft model's passes (MTP,
-NextN, EAGLE, standalone) from the main model's: their requests carry the same ids. `LogitsProcessor.forward` has the
-head. `LogitsProcessor._get_logits` is called once per block of rows: what goes in are hidden states, what comes out are
-logits.
+NextN, EAGLE, standalone) from the main model's: their requests carry the same ids. `LogitsProcessor.forward` receives
+the head. `LogitsProcessor._get_logits` is called once per block of rows: it takes hidden states and returns logits.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ _ARGUMENTS = (
     "attn_dp_size",
     "device",
 )
-"""What of the server's arguments the handshake tells."""
+"""The server's arguments that the handshake reports."""
 _DP_ATTENTION = (
     "it runs data-parallel attention, so the head's input holds rows of other ranks' requests. Start it with --tp "
     "alone, or with --dp-size without it"
@@ -52,12 +51,15 @@ _DP_ATTENTION = (
 
 
 def install() -> None:
-    """Put the hook in. SGLang calls this in each of its processes; it never raises, and again it changes nothing."""
+    """Install the hook. SGLang calls this in each of its processes.
+
+    It never raises, and a second call changes nothing.
+    """
     put_in(_hook)
 
 
 def why_not_hooked() -> str | None:
-    """Return why the SGLang that is installed would not call `install`, and what to do; None if it would."""
+    """Return why the installed SGLang would not call `install`, and what to do; None if it would."""
     try:
         found = Installation.find()
     except PatchError as error:
@@ -66,7 +68,7 @@ def why_not_hooked() -> str | None:
     if state is State.NOTHING_TO_PATCH:
         if any(point.name == "pytest_kld" for point in entry_points(group="sglang.srt.plugins")):
             return None
-        return "pytest-kld is importable where SGLang runs and not installed: `pip install pytest-kld` there"
+        return "pytest-kld is importable where SGLang runs, but it is not installed: `pip install pytest-kld` there"
     if state is State.NOT_PATCHED:
         return f"{what} has no plugins and is not patched: run `pytest-kld patch --apply` there."
     if state is State.MODIFIED:
@@ -75,7 +77,7 @@ def why_not_hooked() -> str | None:
 
 
 def options() -> dict[str, tuple[str, str]] | None:
-    """Return the flags of the release that is installed; None if they cannot be read. See `hook.options`."""
+    """Return the flags of the installed release; None if they cannot be read. See `hook.options`."""
     try:
         return read_options(Installation.find().root)
     except PatchError:
@@ -130,7 +132,7 @@ def _attach_request_ids(forward_batch: type) -> None:
 
 
 def _model_forward(recorder: Recorder, runners: list[Any]) -> Callable[..., Any]:
-    """Keep the runner whose pass is going on as the last of `runners`."""
+    """Keep the runner of the current pass as the last of `runners`."""
 
     def around(original: Callable[..., Any], runner: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> Any:
         ids = _request_ids(runner, forward_batch)
@@ -146,7 +148,7 @@ def _model_forward(recorder: Recorder, runners: list[Any]) -> Callable[..., Any]
 
 def _logits_forward(recorder: Recorder, runners: list[Any]) -> Callable[..., Any]:
     def around(original: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> Any:
-        if recorder.current is None:  # the usual case, and nothing more is done in it
+        if recorder.current is None:  # the usual case, which must cost nothing more
             return original(processor, *args, **kwargs)
         head = _argument("lm_head", 2, args, kwargs)
         recorder.begin_logits(lambda: _describe_server(runners[-1], processor, head))
@@ -168,12 +170,12 @@ def _get_logits(recorder: Recorder) -> Callable[..., Any]:
 
 
 def _argument(name: str, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return an argument of a method, whichever way its caller passed it."""
+    """Return a method's argument, whether it was passed by name or by position."""
     return kwargs[name] if name in kwargs else args[position]
 
 
 def _request_ids(runner: Any, batch: Any) -> Sequence[object]:
-    """Return the request ids of a prefill of the main model; nothing for other passes."""
+    """Return the request ids of a prefill of the main model; an empty sequence for other passes."""
     if runner.is_draft_worker or not batch.forward_mode.is_extend():
         return ()
     return getattr(batch, "rids", None) or ()
@@ -183,17 +185,17 @@ def _describe_pass(runner: Any, batch: Any) -> PassDescription:
     from pytest_kld.hook.recorder import PassDescription
 
     if not batch.return_logprob:
-        raise RuntimeError("the request does not ask for log-probs (return_logprob), so most rows are not made")
+        raise RuntimeError("the request does not ask for log-probs (return_logprob), so most rows are not computed")
     return PassDescription(rank=_rank(runner), segments=list(_segments(batch)))
 
 
 def _segments(batch: Any) -> Iterator[Segment]:
-    """Tell which rows are whose.
+    """Yield the rows of each request.
 
     Over the blocks of one pass, request i of the batch owns max(ext[i] - lps[i], 1) consecutive rows, with
-    ext = extend_seq_lens_cpu, lps = extend_logprob_start_lens_cpu and pre = extend_prefix_lens_cpu. They are rows of
-    the text if ext > lps, and then start at position pre[i] + lps[i] of the request; else there is one row, computed
-    only to sample a token.
+    ext = extend_seq_lens_cpu, lps = extend_logprob_start_lens_cpu and pre = extend_prefix_lens_cpu. If
+    ext > lps, they are rows of the text and start at position pre[i] + lps[i] of the request; otherwise there is one
+    row, computed only to sample a token.
     """
     from pytest_kld.hook.recorder import Segment
 
@@ -219,7 +221,7 @@ def _rank(runner: Any) -> int:
     """Return the tensor-parallel rank of a model runner's process."""
     if hasattr(runner, "tp_rank"):
         return int(runner.tp_rank)
-    from sglang.srt.runtime_context import get_parallel  # it moved there
+    from sglang.srt.runtime_context import get_parallel  # newer releases moved it there
 
     return int(get_parallel().tp_rank)
 
@@ -256,10 +258,10 @@ def _describe_server(runner: Any, processor: Any, head: Any) -> ServerDescriptio
 
 
 def runs_dp_attention(arguments: Any, processor: Any) -> bool:
-    """Tell whether the running processor's rows are of several attention groups, each with requests of its own.
+    """Tell whether the running processor's rows belong to several attention groups, each with its own requests.
 
-    It gathers the rows of all groups before the head (`do_tensor_parallel_all_gather_dp_attn`), or each group has a
-    head of its own (`use_attn_tp_group`). The server's arguments may say so too.
+    It gathers the rows of all groups before the head (`do_tensor_parallel_all_gather_dp_attn`), or each group has its
+    own head (`use_attn_tp_group`). The server's arguments may say so too.
     """
     names = ("do_tensor_parallel_all_gather_dp_attn", "use_attn_tp_group")
     asked = getattr(arguments, "enable_dp_attention", False) or (getattr(arguments, "attn_dp_size", None) or 1) > 1

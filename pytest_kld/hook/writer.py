@@ -1,7 +1,7 @@
-"""Writing beside the scheduler: copies to the host are started in its thread, files are written in another.
+"""Writing beside the scheduler: its thread starts copies to the host, and another thread writes the files.
 
-The other thread computes nothing with torch: a second thread that does gets a second pool of OpenMP workers, and on a
-CPU the model itself was 15 % slower beside one.
+The other thread computes nothing with torch. If it did, it would get its own pool of OpenMP workers; on a CPU such a
+second pool slowed the model itself by 15 %.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from pytest_kld.hook.protocol import error_file, write_whole
 
 _MAX_PENDING_BYTES = 4 << 30
-"""What may wait to be written. Beyond it the scheduler waits for the disk; memory stays bounded."""
+"""Bytes that may wait to be written. Beyond this the scheduler waits for the disk, so memory stays bounded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +28,8 @@ class HostCopy:
     """A tensor on its way to the host.
 
     Attributes:
-        tensor: on the host; complete once `ready` has happened.
-        ready: the event that says so; None where the copy is done.
+        tensor: the tensor on the host; complete once `ready` has occurred.
+        ready: the event that marks the copy as complete; None if it is complete already.
 
     """
 
@@ -38,7 +38,7 @@ class HostCopy:
 
 
 def copy_to_host(tensor: Tensor) -> HostCopy:
-    """Start copying a tensor to the host, at once: the device's memory is used again by the next block.
+    """Start copying a tensor to the host immediately: the next block reuses the device's memory.
 
     On CUDA the copy goes to pinned memory and the current stream does not wait for it.
     """
@@ -56,9 +56,9 @@ class Piece:
     """A file to be written.
 
     Attributes:
-        path: where.
-        tensors: what, by name.
-        metadata: text that goes with it.
+        path: the file's path.
+        tensors: its tensors by name.
+        metadata: text entries for the file's header.
 
     """
 
@@ -72,7 +72,7 @@ class Piece:
         return sum(copy.tensor.nbytes for copy in self.tensors.values())
 
     def write(self) -> None:
-        """Wait for the copies and write the file under another name first."""
+        """Wait for the copies, and write the file under a temporary name first."""
         tensors = {}
         for name, copy in self.tensors.items():
             if copy.ready is not None:
@@ -84,17 +84,17 @@ class Piece:
 
 
 class Writer:
-    """Writes pieces in a thread of its own."""
+    """Writes pieces in its own thread."""
 
     def __init__(self) -> None:
-        """Nothing runs before the first piece."""
+        """Start no thread before the first piece."""
         self._queue: queue.SimpleQueue[Piece] = queue.SimpleQueue()
         self._pending = 0
         self._room = threading.Condition()
         self._thread: threading.Thread | None = None
 
     def put(self, piece: Piece) -> None:
-        """Queue a piece; waits only if too much is waiting already."""
+        """Queue a piece; block only if too much is already waiting."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="pytest-kld-writer", daemon=True)
             self._thread.start()
@@ -119,5 +119,5 @@ class Writer:
 def _report(path: Path) -> None:
     try:
         write_whole(path.parent / error_file(0), traceback.format_exc().encode())
-    except OSError:  # the run's directory is gone, or the disk full: the missing file is noticed on the other side
+    except OSError:  # the run's directory is gone, or the disk is full: the other side notices the missing file
         return

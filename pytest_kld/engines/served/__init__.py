@@ -1,1 +1,1 @@
-"""What every served engine shares: servers that are booted, and captures through the hook in them."""
+"""What all served engines share: booting servers, and capturing through the hook inside them."""

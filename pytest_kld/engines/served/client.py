@@ -1,4 +1,4 @@
-"""A served model: sends windows to a hooked server and puts together what the hook wrote."""
+"""A served model: sends windows to a hooked server and assembles what the hook wrote."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ if TYPE_CHECKING:
     from pytest_kld.text.windows import Windows
 
 _IN_FLIGHT = {True: 4, False: 2}
-"""Requests at a time, for hidden states and for logits: the server is never idle, and memory is bounded."""
+"""Concurrent requests for hidden states (True) and for logits (False): the server is never idle, memory is bounded."""
 _ANSWER_TIMEOUT_SECONDS = 3600
 _FILE_TIMEOUT_SECONDS = 120
-"""How long a file may take to appear after its answer, or after the file before it: a network file system is slow."""
+"""How long a file may take to appear after its answer, or after the previous file: network file systems are slow."""
 _HANDSHAKE_TIMEOUT_SECONDS = 10
-"""The same for the handshake of a server that was booted here: it is written before the answer."""
+"""The same for the handshake of a server booted here, which is written before the answer."""
 _SECONDS_BETWEEN_LOOKS = 0.01
 _HANDSHAKE = "the handshake"
 _GREETING = (0, 1)
-"""Token ids of the request that is answered with the handshake."""
+"""Token ids of the request that makes the hook write the handshake."""
 _SERVED_TOLERANCE = 1e-3
-"""Nats by which a log-prob that the server returns may differ from the captured logits': rounding in float32."""
+"""Nats by which the server's log-prob may differ from that of the captured logits, due to rounding in float32."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -62,13 +62,13 @@ class ServedModel:
 
     Attributes:
         kind: the engine.
-        url: where the server answers.
-        label: how the user named the model.
-        handshake: what the hook said of the server.
+        url: the server's address.
+        label: the user's name for the model.
+        handshake: the hook's description of the server.
         capture_dir: the directory that both sides see.
-        api_key: for the server, or None.
-        pool: tells what became of a server of ours; None for somebody else's.
-        server: the server, if it is ours.
+        api_key: the server's API key, or None.
+        pool: reports why our server failed; None for a server that we did not boot.
+        server: the server, if we booted it.
 
     """
 
@@ -97,8 +97,8 @@ class ServedModel:
         """Send one short request and read the handshake.
 
         Raises:
-            ServerError: the server does not answer, the hook is not in it or of another version, or it serves
-                another model.
+            ServerError: the server does not answer, lacks the hook or has another version of it, or serves another
+                model.
 
         """
         served = cls(
@@ -120,26 +120,26 @@ class ServedModel:
 
     @property
     def facts(self) -> ModelFacts:
-        """What the model turned out to be."""
+        """The facts of the loaded model."""
         told = self.handshake
         return ModelFacts(
             model_class=told["model_class"],
             vocab_size=told["vocab_size"],
             hidden_size=told["hidden_size"],
-            context_length=None,  # the server refuses what is too long
+            context_length=None,  # the server rejects windows that are too long
             dtype=told["dtype"],
             quantization=told["quantization"],
         )
 
     @property
     def heads(self) -> list[Head]:
-        """The head, put together from all ranks; empty if it is no plain product."""
+        """The head, assembled from all ranks; empty if it is not a plain product."""
         if self._heads is None:
             self._heads = [self._fetch_head()] if self.handshake["head"]["plain"] else []
         return self._heads
 
     def prefill(self, windows: Windows, indices: Sequence[int], rows: Sequence[int] | None) -> Iterator[Prefill]:
-        """Run windows, several in flight, and yield them as they come. See `LoadedModel.prefill`."""
+        """Run windows, several in flight, and yield them as they complete. See `LoadedModel.prefill`."""
         request = CaptureRequest(hidden=rows is not None, rows=tuple(rows or ()))
         waiting = iter(indices)
         with self._run(request) as run, ThreadPoolExecutor(_IN_FLIGHT[request.hidden]) as executor:
@@ -220,7 +220,7 @@ class ServedModel:
         pieces, position = [], 0
         for start in sorted(found):
             if start < position:
-                continue  # a prefill that was started again: the rows are there already
+                continue  # the prefill was restarted: these rows are already covered
             piece = read_piece(found[start])
             pieces.append(piece)
             position = start + len(piece["token_ids"])
@@ -258,7 +258,7 @@ class ServedModel:
         positions: Sequence[int],
         logits: Tensor,
     ) -> None:
-        """Hold log-probs that the server returned against the captured logits: they are of the same forward pass."""
+        """Compare the server's log-probs with the captured logits: both must come from the same forward pass."""
         for position, row in zip(positions, logits.float(), strict=True):
             if position + 1 >= len(token_ids) or not row.isfinite().all():
                 continue
@@ -266,8 +266,8 @@ class ServedModel:
             captured = float(row[token].double() - row.double().logsumexp(-1))
             if token != token_ids[position + 1] or value is None or abs(captured - value) > _SERVED_TOLERANCE:
                 raise CaptureError(
-                    f"{self.label}, window {index}, position {position}: the server says log p = {value} of token "
-                    f"{token}, and the captured logits {captured:.6f}: they are not of this request"
+                    f"{self.label}, window {index}, position {position}: the server gives log p = {value} for token "
+                    f"{token}, and the captured logits give {captured:.6f}: they do not belong to this request"
                 )
 
     def _check_handshake(self, model: ModelSpec) -> None:
@@ -296,20 +296,20 @@ class ServedModel:
         run = self.capture_dir / new_run()
         try:
             run.mkdir(parents=True)
-            run.chmod(0o777)  # the server may run as somebody else
+            run.chmod(0o777)  # the server may run as another user
             write_json_whole(run / REQUEST_FILE, request.to_json())
         except OSError as error:
             raise ServerError(f"cannot write the capture directory {self.capture_dir}: {error}") from error
         try:
             yield run
         finally:
-            shutil.rmtree(run, ignore_errors=True)  # the hook may be writing there still
+            shutil.rmtree(run, ignore_errors=True)  # the hook may still be writing there
 
     def _wait_for(self, run: Path, there: Any, what: str) -> None:
-        """Wait for a file after its answer, and look for the hook's reports; it writes them before the answer.
+        """Wait for a file after its answer, and check for error reports; the hook writes those before the answer.
 
         Raises:
-            CaptureError: the hook failed, or the file does not come.
+            CaptureError: the hook failed, or the file does not appear.
 
         """
         local = self.server is not None and what == _HANDSHAKE
@@ -317,7 +317,7 @@ class ServedModel:
         deadline, seen = time.monotonic() + timeout, 0
         while True:
             complete = there()
-            for report in run.glob("error-*.txt"):  # also of files that are there: they may be wrong
+            for report in run.glob("error-*.txt"):  # even if all files are there: they may be wrong
                 raise CaptureError(f"{self.label}, {what}: the hook failed in the server:\n{report.read_text()}")
             if complete:
                 return
@@ -351,7 +351,7 @@ class ServedModel:
 
 
 def _same_model(model: ModelSpec, served: str) -> bool:
-    """Tell whether a server's name for its model is ours: the same path or id, or the same under another mount."""
+    """Tell whether a server's name for its model matches: the same path or id, or the same one under another mount."""
     mine = model.source.rstrip("/")
     cached = f"models--{model.name.replace('/', '--')}"
     return served == mine or served.rsplit("/", 1)[-1] == mine.rsplit("/", 1)[-1] or cached in served.split("/")

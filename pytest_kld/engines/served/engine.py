@@ -1,4 +1,4 @@
-"""Engines that are servers with the capture hook in them."""
+"""Engines that run as servers with the capture hook inside."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedEngine:
-    """Boots a server for each model, or uses one that runs already.
+    """Boots a server for each model, or uses one that is already running.
 
     A Subject's arguments are `args` (flags of the server's command), or `url` (a running server instead).
 
     Attributes:
-        servers: boots them and shuts them down.
+        servers: boots servers and shuts them down.
         capture_dir: the directory that servers and this process see.
         api_key: for servers named by URL.
 
@@ -40,7 +40,7 @@ class ServedEngine:
 
     @property
     def kind(self) -> ServerKind:
-        """What is served."""
+        """The kind of server."""
         return self.servers.kind
 
     def facts(self, subject: Subject) -> ModelFacts:
@@ -70,7 +70,7 @@ class ServedEngine:
         }
 
     def _running(self, url: str, subject: Subject) -> dict[str, Any]:
-        """Return what a running server tells: its arguments by itself, its GPU and environment through the hook."""
+        """Return what a running server reports: its own arguments, and its GPU and environment from the hook."""
         described = self.kind.describe(url, self.api_key)
         with self.open(subject) as served:
             told = served.handshake
@@ -78,7 +78,7 @@ class ServedEngine:
 
     @contextmanager
     def open(self, subject: Subject) -> Iterator[ServedModel]:
-        """Use a server for the model; it stays until another needs its GPUs. See `Engine.open`."""
+        """Use a server for the model; it keeps running until another needs its GPUs. See `Engine.open`."""
         if url := subject.arguments.get("url"):
             server, base = None, url.rstrip("/")
         else:

@@ -1,4 +1,4 @@
-"""What one served engine differs in from another: its command line, its requests, its seams."""
+"""What differs between served engines: the command line, the requests, the seams."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 Options = Mapping[str, Sequence[str]]
-"""A release's flags: each one's first spelling and the field that it sets; see `pytest_kld.hook.options`."""
+"""A release's flags: for each, its first spelling and the field that it sets; see `pytest_kld.hook.options`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What the user chose for every engine alike.
+    """The user's choices for all engines.
 
     Attributes:
         dtype: `auto` or a torch dtype's name.
@@ -32,12 +32,12 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What a server answered to one window.
+    """A server's answer to one window.
 
     Attributes:
-        request_id: of the request that it answered.
+        request_id: the id of the request that it answered.
         prompt_tokens: how many tokens it ran.
-        log_probs: for each position of the window the natural log-prob of its token, given those before it, and the
+        log_probs: for each position of the window, the natural log-prob of its token given the tokens before, and the
             token's id. The first position's log-prob is None.
 
     """
@@ -48,20 +48,21 @@ class Answer:
 
 
 class ServerKind(Protocol):
-    """A served engine. It holds no state; `engines/registry.py` finds it by its name.
+    """A served engine. It holds no state; `engines/registry.py` finds it by name.
 
     Attributes:
-        name: as `--kld-engine` and a Subject's `engine` name it.
+        name: its name in `--kld-engine` and a Subject's `engine`.
         title: its name in messages.
-        package: the Python package that it is; its version stands for the engine's.
-        launch: what a command that starts it ends with. `-m pytest_kld.hook SEAMS` in its place tells what is
+        package: its Python package, whose version is the engine's.
+        launch: the end of a command that starts it. `-m pytest_kld.hook SEAMS` in its place reports what is
             installed.
         seams: the module that hooks it inside the server; see `pytest_kld.hook`.
-        health: the path that answers 200 when a server is ready.
-        auto_dtype: the dtype that it picks by itself, as far as memory on disk is concerned.
+        health: the path that answers 200 once a server is ready.
+        auto_dtype: the dtype that it picks by default, for estimating disk space.
         command_option: the option that names the command.
-        note_on_named_gpus: what several GPUs that are visible by UUID only mean for a measurement, a sentence.
-        hook_advice: how the hook gets in, for a server that runs without it; sentences.
+        note_on_named_gpus: what it means for a measurement if several GPUs are visible by UUID only, in a
+            sentence.
+        hook_advice: how to install the hook in a server that runs without it; sentences.
 
     """
 
@@ -87,11 +88,11 @@ class ServerKind(Protocol):
     def hook_advice(self) -> str: ...  # noqa: D102
 
     def check_arguments(self, arguments: Sequence[str], source: str, options: Options | None = None) -> None:
-        """Refuse flags that are ours to set or would spoil the measurement.
+        """Refuse flags that pytest-kld sets itself or that would spoil the measurement.
 
         Args:
             arguments: the user's flags.
-            source: where they are from, for the message.
+            source: where the flags come from, for the message.
             options: the release's flags, if they are known.
 
         Raises:
@@ -100,10 +101,10 @@ class ServerKind(Protocol):
         """
 
     def complete(self, arguments: Sequence[str], settings: Settings, options: Options | None = None) -> list[str]:
-        """Return all flags of a server but those of address and model."""
+        """Return all flags of a server except those for its address and model."""
 
     def address(self, model: ModelSpec, port: int) -> list[str]:
-        """Return the flags of model and address: 127.0.0.1 and a port."""
+        """Return the flags for the model and the address: 127.0.0.1 and a port."""
 
     def gpus_needed(self, arguments: Sequence[str], options: Options | None = None) -> int:
         """Return how many GPUs a server with these flags takes; 0 if it runs on the CPU."""
@@ -112,7 +113,7 @@ class ServerKind(Protocol):
         """Return the flags that may change logits, in a fixed order, for the cache key."""
 
     def variables(self, environment: Mapping[str, str]) -> dict[str, str]:
-        """Return the variables that a server gets on top of these, unless the user chose otherwise in them."""
+        """Return the variables that a server gets on top of these, unless these already make that choice."""
 
     def axis_flags(self, axes: Mapping[str, str]) -> list[str]:
         """Return the flags that a Subject's axes stand for."""
@@ -121,13 +122,13 @@ class ServerKind(Protocol):
         """Return advice for the end of a server's log, or None."""
 
     def request(self, request_id: str, token_ids: Sequence[int]) -> tuple[str, dict[str, Any]]:
-        """Return path and JSON body of a request that runs these tokens and returns their log-probs."""
+        """Return the path and the JSON body of a request that runs these tokens and returns their log-probs."""
 
     def read_answer(self, told: Any) -> Answer:
         """Read the answer's JSON.
 
         Raises:
-            KeyError, IndexError, TypeError, ValueError: it is not what this engine answers.
+            KeyError, IndexError, TypeError, ValueError: this engine does not answer in that form.
 
         """
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from pytest_kld.errors import CaptureError
 
 _NARROWED_ROWS = 64
-"""Rows that are compared at a time, to bound memory."""
+"""Number of rows compared at a time, to bound memory."""
 
 
 def covers(pieces: dict[int, Path], count: int) -> bool:
@@ -41,7 +41,7 @@ def _length(path: Path, name: str) -> int:
 
 
 def first_row(path: Path) -> int:
-    """Return the token id that a part of the head begins with."""
+    """Return the first token id of a part of the head."""
     with safe_open(path, framework="pt") as file:
         return int(file.metadata()["start"])
 
@@ -61,12 +61,12 @@ def read_piece(path: Path) -> dict[str, Tensor]:
 
 
 def join(pieces: Sequence[dict[str, Tensor]], name: str) -> Tensor:
-    """Put the rows of consecutive pieces together."""
+    """Concatenate the rows of consecutive pieces."""
     return torch.cat([piece[name] for piece in pieces])
 
 
 def narrow(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return logits in the dtype that the product was made in, where widening them was all that happened since."""
+    """Return logits in the dtype of the product if they were only widened since; otherwise as they are."""
     narrowed = logits.to(dtype)
     for start in range(0, len(logits), _NARROWED_ROWS):
         wide, back = (rows[start : start + _NARROWED_ROWS] for rows in (logits, narrowed))

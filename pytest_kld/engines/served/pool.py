@@ -1,4 +1,4 @@
-"""Servers of a session: booted on first use, shut down when another needs their GPUs, and all at the end."""
+"""A session's servers: booted on first use, and shut down when another needs their GPUs or at the end."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Installed:
     """What is installed where an engine runs.
 
     Attributes:
-        versions: of the packages that determine a capture's bits.
+        versions: versions of the packages that determine a capture's bits.
         devices: the names of the GPUs.
         options: the release's flags; None if its source cannot be read.
 
@@ -50,14 +50,14 @@ class Installed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerHandle:
-    """A running server, for tests of one's own.
+    """A running server, for the user's own tests.
 
     Attributes:
-        url: where it answers.
-        model: how the user named its model.
-        log: the file with what it printed.
-        pid: the process that answers for it and everything that it started.
-        gpus: what it leased.
+        url: its address.
+        model: the user's name for its model.
+        log: the file with its output.
+        pid: the process that supervises it and everything that it started.
+        gpus: the GPUs that it leased.
 
     """
 
@@ -82,12 +82,12 @@ class ServerPool:
 
     Attributes:
         kind: the engine.
-        command: what starts it, ending with the kind's `launch`.
-        capture_dir: the directory for captures, under the same path where the servers run.
-        log_dir: where the servers' logs go.
+        command: the command that starts a server; it ends with the kind's `launch`.
+        capture_dir: the directory for captures; it has the same path where the servers run.
+        log_dir: the directory for the servers' logs.
         startup_timeout: seconds a server may take to become ready.
-        settings: what the user chose for every engine, passed on as flags.
-        progress: told of boots and waits.
+        settings: the user's choices for all engines, passed on as flags.
+        progress: receives notes about boots and waits.
 
     """
 
@@ -102,10 +102,10 @@ class ServerPool:
     _installed: dict[tuple[tuple[str, str], ...], Installed] = field(default_factory=dict)
 
     def installed(self, environment: Mapping[str, str]) -> Installed:
-        """Ask once what is installed where the engine runs with these variables.
+        """Return what is installed where the engine runs with these variables; ask only once.
 
         Raises:
-            ServerError: the engine or the hook is not, or the hook is of another version.
+            ServerError: the engine or the hook is not installed, or the hook has another version.
 
         """
         key = tuple(sorted(environment.items()))
@@ -116,14 +116,14 @@ class ServerPool:
         return self._installed[key]
 
     def complete(self, arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-        """Return all flags of a server but those of address and model.
+        """Return all flags of a server except those for its address and model.
 
         Args:
-            arguments: the user's.
+            arguments: the user's flags.
             environment: variables on top of this process's; they may decide which release runs.
 
         Raises:
-            ServerError: one of them is refused, or the engine or the hook is not installed.
+            ServerError: a flag is refused, or the engine or the hook is not installed.
 
         """
         options = self.installed(environment).options
@@ -131,15 +131,15 @@ class ServerPool:
         return self.kind.complete(arguments, self.settings, options)
 
     def get(self, model: ModelSpec, arguments: Sequence[str], environment: Mapping[str, str]) -> ServerHandle:
-        """Return a server for a model: the one that runs, or a new one.
+        """Return a server for a model: one that is already running, or a new one.
 
         Args:
             model: the pinned model.
-            arguments: the engine's flags, beyond those that are set here.
+            arguments: the engine's flags, apart from those that are set here.
             environment: variables on top of this process's.
 
         Raises:
-            ServerError: it does not boot.
+            ServerError: the server does not boot.
 
         """
         completed = self.complete(arguments, environment)
@@ -152,20 +152,20 @@ class ServerPool:
         return running.handle
 
     def variables(self, environment: Mapping[str, str]) -> dict[str, str]:
-        """Return the variables of a server on top of this process's: the user's, and ours if the user has not chosen.
+        """Return a server's variables on top of this process's: the user's, and ours if the user set none of them.
 
         Args:
-            environment: the user's.
+            environment: the user's variables.
 
         """
         return {**environment, **self.kind.variables({**os.environ, **environment})}
 
     def environment(self, given: Mapping[str, str]) -> dict[str, str]:
-        """Return all variables that reach a server and may change its numbers, for the key."""
+        """Return all variables that reach a server and may change its numbers, for the cache key."""
         return numeric_environment(inherited(self.command, os.environ), self.variables(given))
 
     def notes(self, arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-        """Return what a reader of the figures should know about how a server with these flags runs here."""
+        """Return notes for the reader of the figures on how a server with these flags runs here."""
         gpus, options = visible_gpus({**os.environ, **environment}), self.installed(environment).options
         if self.kind.gpus_needed(arguments, options) > 1 and only_by_name(gpus):
             return [self.kind.note_on_named_gpus]
@@ -180,7 +180,7 @@ class ServerPool:
         return ServerError(f"{what}; the server {handle.url} was shut down")
 
     def close(self) -> None:
-        """Shut every server down and return its GPUs."""
+        """Shut down every server and release its GPUs."""
         while self._running:
             self._stop(self._running[0])
 
@@ -225,7 +225,7 @@ class ServerPool:
             return _Running(key, server, handle, stack.pop_all())
 
     def _make_room(self, needed: int, total: int) -> None:
-        """Shut down servers of ours, the oldest first, until the GPUs suffice; a CPU has room for one server."""
+        """Shut down our servers, the oldest first, until enough GPUs are free; a CPU has room for one server."""
         while self._running and (
             needed == 0 or sum(len(running.handle.gpus) for running in self._running) + needed > total
         ):
@@ -233,7 +233,7 @@ class ServerPool:
 
     def _stop(self, running: _Running) -> None:
         self._running.remove(running)
-        self.progress.note(f"shutting {self.kind.title} for {running.handle.model} down")
+        self.progress.note(f"shutting down {self.kind.title} for {running.handle.model}")
         running.leases.close()
 
     def _say_waiting(self, model: ModelSpec) -> _Waiting:
@@ -249,7 +249,7 @@ class ServerPool:
 
 @dataclass(slots=True)
 class _Waiting:
-    """Says now and then that a boot takes its time."""
+    """Notes at intervals that a boot is still under way."""
 
     progress: Progress
     label: str
@@ -262,7 +262,7 @@ class _Waiting:
 
 
 def default_command(kind: ServerKind) -> tuple[str, ...]:
-    """Return the command for an engine that is installed beside pytest."""
+    """Return the command for an engine in the same environment as pytest."""
     return (sys.executable, *kind.launch)
 
 
@@ -289,8 +289,8 @@ def _ask(kind: ServerKind, command: Sequence[str], variables: Mapping[str, str])
         ) from error
     if told["protocol"] != PROTOCOL or told["pytest_kld"] != __version__:
         raise ServerError(
-            f"where {kind.title} runs pytest-kld {told['pytest_kld']} is installed (protocol {told['protocol']}), here "
-            f"{__version__} (protocol {PROTOCOL}): install the same version on both sides."
+            f"pytest-kld {told['pytest_kld']} (protocol {told['protocol']}) is installed where {kind.title} runs, and "
+            f"{__version__} (protocol {PROTOCOL}) here: install the same version on both sides."
         )
     if kind.package not in told["versions"]:
         raise ServerError(

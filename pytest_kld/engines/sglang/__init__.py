@@ -1,1 +1,1 @@
-"""Real SGLang servers: their flags, requests and faults. What runs inside them is `pytest_kld.hook.sglang`."""
+"""SGLang servers: their flags, requests and known failures. The code inside the servers is `pytest_kld.hook.sglang`."""

@@ -1,4 +1,4 @@
-"""SGLang's command line: which flags are ours, which would spoil a measurement, which may change its numbers."""
+"""SGLang's command line: flags that pytest-kld sets, that would spoil a measurement, or that may change its numbers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OURS = {
     "--base-gpu-id": "GPUs are leased; choose among them with CUDA_VISIBLE_DEVICES",
     "--gpu-id-step": "GPUs are leased; choose among them with CUDA_VISIBLE_DEVICES",
     "--api-key": "nobody else knows the server's port",
-    "--served-model-name": "it is set where it is needed",
+    "--served-model-name": "it is set when it is needed",
     "--config": "flags in a file would be neither checked nor in the cache key; give the flags themselves",
 }
 _DP_ATTENTION = (
@@ -74,7 +74,7 @@ _SPELLINGS = {
     "--speculative-draft-model": "--speculative-draft-model-path",
     "--enable-hicache": "--enable-hierarchical-cache",
 }
-"""Second spellings in all supported releases, and the one that stands for them in the key."""
+"""Alternative spellings in all supported releases, and the spelling that represents them in the cache key."""
 _LEFT_OUT = {
     "--log-level": "what is printed",
     "--log-level-http": "what is printed",
@@ -84,32 +84,32 @@ _LEFT_OUT = {
     "--show-time-cost": "what is printed",
     "--enable-metrics": "counters beside the forward pass",
     "--watchdog-timeout": "when a server that hangs is killed",
-    "--dist-timeout": "when a collective that hangs is given up",
-    "--download-dir": "where weights lie; which they are is in the key",
+    "--dist-timeout": "when a collective that hangs is aborted",
+    "--download-dir": "where the weights are stored; their identity is in the key",
 }
 """Flags that move no logit, each with the reason; every other flag is part of the cache key.
 
-Flags that seem harmless and are not listed: graphs (`--disable-cuda-graph`, `--cuda-graph-*`,
-`--disable-piecewise-cuda-graph`), since newer releases pad a prefill to a captured size, so that other kernels run;
+Some flags seem harmless but are not listed: graphs (`--disable-cuda-graph`, `--cuda-graph-*`,
+`--disable-piecewise-cuda-graph`), since newer releases pad a prefill to a captured size, which runs other kernels;
 memory and scheduling (`--mem-fraction-static`, `--max-total-tokens`, `--max-running-requests`, `--context-length`,
 `--disable-radix-cache`, `--schedule-policy`, `--chunked-prefill-size`), since SGLang derives graph sizes, chunks and
 backends from them; `--trust-remote-code`, since it decides which code is the model.
 """
 _DIGESTED_BYTES = 64 << 20
-"""Files that flags name are part of the key by their contents up to this size."""
+"""A file that a flag names is in the key by its contents, up to this size."""
 
 _AXES = {MOE_BACKEND: "--moe-runner-backend"}
 """The flag that each axis of a Subject stands for."""
 
 LAUNCH = ("-m", "sglang.launch_server")
-"""What a command that starts SGLang ends with; `-m pytest_kld.hook` in its place tells what is installed."""
+"""The end of a command that starts SGLang; `-m pytest_kld.hook` in its place reports what is installed."""
 ONE_WINDOW_A_BATCH = "--prefill-max-requests"
-"""With 1 the composition of a batch does not depend on timing, so a repeat is bit-identical."""
+"""With 1, a batch's composition does not depend on timing, so a repeat is bit-identical."""
 _KNOWN = {
     *(*_REFUSED, *_SPELLINGS, *_SPELLINGS.values(), *_SIZES, *(name for name, _ in _SPOIL_VALUES)),
     *(ONE_WINDOW_A_BATCH, "--dtype", "--device", "--trust-remote-code", "--speculative-algorithm"),
 }
-"""The flags that are looked for here, for as long as the release's own are not known."""
+"""The flags that this module looks for, used while the release's own flags are unknown."""
 
 
 def flags(arguments: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -131,12 +131,12 @@ def flags(arguments: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def check_arguments(arguments: Sequence[str], source: str, options: Options | None = None) -> None:
-    """Refuse flags that are ours to set or would spoil the measurement.
+    """Refuse flags that pytest-kld sets itself or that would spoil the measurement.
 
     Args:
         arguments: SGLang's flags.
-        source: where they are from, for the message.
-        options: the release's flags, if they are known: by them every spelling of a refused flag is refused.
+        source: where the flags come from, for the message.
+        options: the release's flags, if they are known; with them every spelling of a refused flag is refused.
 
     Raises:
         ServerError: names the flag, why, and what to do instead.
@@ -156,7 +156,7 @@ def axis_flags(axes: Mapping[str, str]) -> list[str]:
 
 
 def _reason(name: str, values: Sequence[str], options: Options | None) -> str | None:
-    """Return why a flag in full is refused, or None."""
+    """Return why a flag, spelled in full, is refused, or None."""
     if any((name, value) in _HARMLESS_VALUES for value in values):
         return None
     lowered = [value.lower() for value in values]
@@ -167,7 +167,7 @@ def _reason(name: str, values: Sequence[str], options: Options | None) -> str | 
 
 
 def _meant(name: str, options: Options | None) -> list[str]:
-    """Return the flags that a word may stand for: SGLang's parser takes any unambiguous beginning of a flag."""
+    """Return the flags that a word may stand for: SGLang's parser accepts any unambiguous prefix of a flag."""
     known = _KNOWN if options is None else options
     if name in known or name in _KNOWN:
         return [name]
@@ -175,7 +175,7 @@ def _meant(name: str, options: Options | None) -> list[str]:
 
 
 def _in_full(arguments: Sequence[str], options: Options | None) -> list[tuple[str, tuple[str, ...]]]:
-    """Return flags, one spelling for each, with their values."""
+    """Return the flags with their values, each flag in one spelling."""
     found = []
     for name, values in flags(arguments):
         meant = {_SPELLINGS.get(flag, flag) for flag in _meant(name, options)}
@@ -184,7 +184,7 @@ def _in_full(arguments: Sequence[str], options: Options | None) -> list[tuple[st
 
 
 def gpus_needed(arguments: Sequence[str], options: Options | None = None) -> int:
-    """Return how many GPUs a server with these arguments takes; 0 if it runs on the CPU."""
+    """Return how many GPUs a server with these arguments needs; 0 if it runs on the CPU."""
     given = dict(_in_full(arguments, options))
     if given.get("--device") == ("cpu",):
         return 0
@@ -201,8 +201,8 @@ def gpus_needed(arguments: Sequence[str], options: Options | None = None) -> int
 def numeric_arguments(arguments: Sequence[str], options: Options | None = None) -> list[list[str]]:
     """Return the flags that may change logits, sorted by name, for the cache key.
 
-    A flag that is given twice stays twice, in its order: the last one counts. A file that a flag names is followed by
-    the digest of its contents.
+    A flag that is given twice appears twice, in the given order, since the last one counts. The name of a file is
+    followed by the digest of its contents.
     """
     found = [[name, *map(_with_contents, values)] for name, values in _in_full(arguments, options)]
     return sorted((flag for flag in found if flag[0] not in _LEFT_OUT), key=lambda flag: flag[0])
@@ -216,12 +216,12 @@ def _with_contents(value: str) -> str:
         from pytest_kld.files import sha256_of_file
 
         return f"{value} sha256:{sha256_of_file(path)}"
-    except (OSError, ValueError):  # no file's name, or one that cannot be read here
+    except (OSError, ValueError):  # not a file's name, or the file cannot be read here
         return value
 
 
 def has_flag(arguments: Sequence[str], name: str, options: Options | None = None) -> bool:
-    """Tell whether a flag is given, in whatever spelling."""
+    """Tell whether a flag is given, in any spelling."""
     return any(given == name for given, _ in _in_full(arguments, options))
 
 

@@ -1,4 +1,4 @@
-"""What a running server says of itself."""
+"""A running server's description of itself."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _LEFT_OUT = {
     "nccl_port": "an address",
     "dist_init_addr": "an address",
     "node_rank": "which node answers",
-    "launch_command": "the flags, with address and secrets; the fields hold what SGLang made of them",
-    "internal_states": "counters and memory of this moment",
-    "status": "the state of this moment",
+    "launch_command": "the flags, with address and secrets; the other fields hold the values that SGLang derived",
+    "internal_states": "momentary counters and memory",
+    "status": "momentary state",
     "startup_time": "how long it took to start",
-    "max_total_num_tokens": "the cache's room, measured by the memory that is free at the start",
+    "max_total_num_tokens": "the cache's capacity, derived from the free memory at start-up",
     "max_req_input_len": "the same, for one request",
     "random_seed": "SGLang draws it at each start; a prefill samples nothing that is kept",
     "log_level": "what is printed",
@@ -31,8 +31,8 @@ _LEFT_OUT = {
     "log_requests": "what is printed",
     "log_requests_level": "what is printed",
     "watchdog_timeout": "when a server that hangs is killed",
-    "dist_timeout": "when a collective that hangs is given up",
-    "download_dir": "where weights lie",
+    "dist_timeout": "when a collective that hangs is aborted",
+    "download_dir": "where the weights are stored",
 }
 """Fields of `/get_server_info` that move no logit, each with the reason; every other field is part of the key."""
 
@@ -41,7 +41,7 @@ def server_description(url: str, api_key: str | None) -> dict[str, Any]:
     """Return what determines the bits of a running server's captures: its version and arguments.
 
     Raises:
-        ServerError: it does not answer.
+        ServerError: the server does not answer.
 
     """
     try:
@@ -50,7 +50,7 @@ def server_description(url: str, api_key: str | None) -> dict[str, Any]:
         told: dict[str, Any] = answer.json()
     except (requests.RequestException, ValueError) as error:
         raise ServerError(
-            f"the server {url} does not answer: {error}. See --kld-ref-url, --kld-candidate-url and, if it wants a "
+            f"the server {url} does not answer: {error}. See --kld-ref-url, --kld-candidate-url and, if it requires a "
             "key, --kld-api-key-env."
         ) from error
     version = told.pop("version", None)

@@ -1,4 +1,4 @@
-"""Advice for what SGLang is known to die of."""
+"""Advice for known SGLang failures."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _HINTS = (
     ),
     (
         r"(?i)out of memory|OutOfMemoryError|not enough memory|Not enough memory",
-        "out of memory: lower --mem-fraction-static, raise --tp, or see who else uses the GPUs.",
+        "out of memory: lower --mem-fraction-static, raise --tp, or check what else uses the GPUs.",
     ),
     (
         r"(?i)address already in use|port.*(is in use|unavailable|occupied)",
-        "the port was taken meanwhile: run it again.",
+        "another process took the port in the meantime: run it again.",
     ),
     (
         r"unrecognized arguments|ambiguous option|invalid choice",

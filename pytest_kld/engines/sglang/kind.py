@@ -1,4 +1,4 @@
-"""SGLang as a served engine. What it differs in from others; the rest is `engines/served`."""
+"""SGLang as a served engine: what is specific to it. The rest is in `engines/served`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _CHUNKS = {
     "SGLANG_LOGITS_PROCESSER_CHUNK_SIZE": "256",
     "SGLANG_LOGPROB_CHUNK_SIZE": "256",
 }
-"""SGLang makes its own log-probs of this many rows at a time, by the names of older and newer releases.
+"""SGLang computes its own log-probs for this many rows at a time; older and newer releases use different names.
 
-By default it makes those of a whole window at once: 3 to 4.4 GB for 2,048 tokens of a vocabulary of 152,064.
+By default it computes a whole window at once: 3 to 4.4 GB for 2,048 tokens and a vocabulary of 152,064.
 """
 _CHUNK_SWITCH = "SGLANG_ENABLE_LOGPROB_CHUNK"
 
