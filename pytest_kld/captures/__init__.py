@@ -1,1 +1,1 @@
-"""Captures: what one model said about every position of the windows; their format, their making, their cache."""
+"""Captures: one model's output at every position of the windows; their format, their recording and their cache."""

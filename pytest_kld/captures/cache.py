@@ -1,4 +1,4 @@
-"""The cache directory: content-addressed entries, made once, whole or not there."""
+"""The cache directory: content-addressed entries, each written once and either complete or absent."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _KEPT_SECONDS = 24 * 3600
-"""What was used within this time stays in a cache that is too large: another session may be at work on it."""
+"""Entries used within this time stay, even if the cache is too large: another session may be using them."""
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# A cache of pytest-kld. See https://bford.info/cachedir/\n"
 
 
 class Cache:
-    """Captures and scores under one root, each named by the digest of what determines it.
+    """Captures and scores under one root, each named by a digest of what determines its contents.
 
-    Complete entries appear by a rename and disappear by one, so nobody finds half of one. The lock only saves the work
-    of making the same entry twice.
+    Entries are added and removed by a rename, so no process sees an incomplete one. The lock only saves the work of
+    making the same entry twice.
 
         captures/NAME/                 a capture, see capture.py
-        captures/NAME.partial/         one that is being made, or that was interrupted, see journal.py
+        captures/NAME.partial/         a capture in progress, or an interrupted one, see journal.py
         scores/NAME.safetensors        the scores of a pair, see scores.py
         quarantine/NAME-TIME           damaged entries, see quarantine.py
-        discarded/                     entries on their way out; what a killed session leaves here is swept
+        discarded/                     entries that are being removed; sweep.py removes what a killed session left here
 
     """
 
     def __init__(self, root: Path, refreshed_since: float | None = None) -> None:
-        """Open the cache, making the directory if it is not there.
+        """Open the cache, and create its directory if it is missing.
 
         Args:
             root: its directory.
-            refreshed_since: entries made before this time, in seconds since the epoch, are made anew; None keeps all.
+            refreshed_since: entries made before this time, in seconds since the epoch, are made again; None keeps all.
 
         Raises:
-            CacheError: the directory cannot be made or written.
+            CacheError: the directory cannot be created or written.
 
         """
         self.root = root
@@ -73,7 +73,12 @@ class Cache:
         return self.root / "scores" / f"{sha256_of_json(key)[:32]}.safetensors"
 
     def holds(self, made: Path) -> bool:
-        """Tell whether an entry may be used, by its file (the manifest of a capture), and note the use."""
+        """Tell whether an entry may be used, and record the use.
+
+        Args:
+            made: the entry's file; for a capture, its manifest.
+
+        """
         try:
             known = made.stat()
         except OSError:
@@ -86,11 +91,14 @@ class Cache:
 
     @contextmanager
     def lock(self, entry: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-        """Hold the right to make an entry. The operating system frees it when the holder dies.
+        """Hold an entry's lock while the entry is made. The operating system releases it if the process dies.
 
         Args:
             entry: the entry's path.
-            on_wait: called once when somebody else holds it, before waiting.
+            on_wait: called once before waiting, if another process holds the lock.
+
+        Raises:
+            CacheError: the lock cannot be created.
 
         """
         lock = FileLock(_lock_file(entry))
@@ -109,14 +117,14 @@ class Cache:
             lock.release()
 
     def partial(self, entry: Path) -> Path:
-        """Return the directory in which an entry is being made; what an interrupted session left is found there."""
+        """Return the directory in which an entry is made. It may hold what an interrupted session left."""
         return entry.with_name(f"{entry.name}.partial")
 
     def publish(self, entry: Path) -> None:
-        """Give a finished partial directory its entry's name. An entry that has the name already gives way.
+        """Rename a finished partial directory to its entry's name. It replaces an existing entry of that name.
 
         Raises:
-            CacheError: that cannot be done.
+            CacheError: the old entry cannot be removed, or the directory cannot be renamed.
 
         """
         self.discard(entry)
@@ -126,10 +134,10 @@ class Cache:
             raise CacheError(f"cannot complete the cache entry {entry}: {error}") from error
 
     def discard(self, path: Path) -> None:
-        """Remove an entry, or a partial directory. It is renamed first, so that it vanishes as a whole.
+        """Remove an entry or a partial directory. It is renamed first, so that it disappears in one step.
 
         Raises:
-            CacheError: it cannot be removed.
+            CacheError: the path cannot be removed.
 
         """
         gone = self.root / "discarded" / f"{path.name}-{uuid.uuid4().hex}"
@@ -139,7 +147,7 @@ class Cache:
                 path.replace(gone)
             except FileNotFoundError:
                 return
-            gone.touch()  # its age is judged by this time, see sweep.py
+            gone.touch()  # sweep.py judges its age by this time
             if gone.is_dir():
                 shutil.rmtree(gone)
             else:
@@ -148,25 +156,25 @@ class Cache:
             raise CacheError(f"cannot remove the cache entry {path}: {error}. Remove it by hand.") from error
 
     def mark_used(self, made: Path) -> None:
-        """Note that an entry is used now, in the access time of its file (the manifest of a capture)."""
+        """Record that an entry is used now, in the access time of its file (for a capture, its manifest)."""
         try:
             os.utime(made, ns=(time.time_ns(), made.stat().st_mtime_ns))
-        except (FileNotFoundError, PermissionError):  # removed meanwhile, or somebody else's
+        except (FileNotFoundError, PermissionError):  # removed meanwhile, or another user's
             return
 
     def shrink(self, size: int) -> tuple[int, int]:
-        """Remove the entries that were used least recently, until the others fit; those of the last 24 hours stay.
+        """Remove the least recently used entries until the others fit. Entries used in the last 24 hours stay.
 
-        What is in quarantine is removed first.
+        Entries in quarantine are removed first.
 
         Args:
-            size: bytes that entries may take together.
+            size: the number of bytes that all entries together may take.
 
         Returns:
-            How many entries were removed, and the bytes that are left.
+            The number of entries removed, and the number of bytes that the others take.
 
         Raises:
-            CacheError: one cannot be removed.
+            CacheError: an entry cannot be removed.
 
         """
         entries: dict[Path, tuple[float, int]] = {}
@@ -187,15 +195,15 @@ class Cache:
         return removed, total
 
     def require_free(self, needed_bytes: int, what: str, entry: Path) -> int:
-        """Return the free bytes of the disk. If they are too few, the quarantine and the old entry are removed first.
+        """Return the number of free bytes on the disk. If it is too small, remove the quarantine and the old entry.
 
         Args:
-            needed_bytes: how many are needed.
-            what: that needs them.
-            entry: where it will be; what is there already is out of date.
+            needed_bytes: the number of bytes needed.
+            what: what needs them, for the message.
+            entry: the path of the new entry; an entry that is there already is out of date.
 
         Raises:
-            CacheError: fewer than needed; both are named.
+            CacheError: too few bytes are free; the message gives both numbers.
 
         """
         free: int = shutil.disk_usage(self.root).free
@@ -205,8 +213,8 @@ class Cache:
             free = shutil.disk_usage(self.root).free
         if needed_bytes > free:
             raise CacheError(
-                f"{what} needs {format_bytes(needed_bytes)} and {self.root} has {format_bytes(free)} free. Free some "
-                "disk space, choose another --kld-cache-dir, or fewer --kld-windows."
+                f"{what} needs {format_bytes(needed_bytes)}, but {self.root} has {format_bytes(free)} free. Free some "
+                "disk space, choose another --kld-cache-dir, or measure fewer --kld-windows."
             )
         return free
 
@@ -216,18 +224,18 @@ def _lock_file(entry: Path) -> Path:
 
 
 def _use_and_bytes(path: Path) -> tuple[float, int]:
-    """Return when a file, or one of a directory, was read or written last, and their size."""
+    """Return when a file, or any file in a directory, was last read or written, and the total size."""
     used, taken = 0.0, 0
     for file in path.rglob("*") if path.is_dir() else [path]:
-        with suppress(FileNotFoundError):  # somebody else removed it meanwhile
+        with suppress(FileNotFoundError):  # another process removed it meanwhile
             known = file.stat()
-            if stat.S_ISREG(known.st_mode):  # a directory's access time is of looking into it, as here
+            if stat.S_ISREG(known.st_mode):  # listing a directory, as here, changes its access time
                 used, taken = max(used, known.st_atime, known.st_mtime), taken + known.st_size
     return used, taken
 
 
 def format_bytes(number: float) -> str:
-    """Return a size in decimal units, as disks are sold and as file systems report it."""
+    """Return a size in decimal units, in which disks are sold and file systems report sizes."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if number < 1000:
             return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""The Capture: what one model said about every position of the windows, on disk.
+"""The Capture: one model's output at every position of the windows, on disk.
 
     capture.json                 the manifest: what this is, how it was made, checks, digests, complete: true
     head.safetensors             weight [V, H] and bias [V]              (store `hidden`)
@@ -6,8 +6,8 @@
                                  token_ids [N], logits [N, V]            (`logits`)
     0.safetensors                token_ids [N], log_probs [N, V] float32 (`logprobs`, the original layout)
 
-Directories of the original layout without a manifest are read as well; with two files a window (from servers that
-saved their speculative head too) the even-numbered ones count.
+Directories of the original layout, which have no manifest, are read as well. If they have two files per window, from
+servers that saved their speculative head too, the even-numbered files are used.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 
 Store = Literal["auto", "hidden", "logits", "logprobs"]
 MATRIX = {"hidden": "hidden", "logits": "logits", "logprobs": "log_probs"}
-"""The name of a window's matrix, by store."""
+"""The name of the matrix in a window's file, by store."""
 Stamp = tuple[int, int, int]
-"""What tells a file from one that took its place: inode, bytes, time of the last change in nanoseconds."""
+"""What distinguishes a file from one that replaced it: inode, size in bytes, modification time in nanoseconds."""
 _CHECKED_ELEMENTS = 1 << 22
-"""Logits from which on a group of check rows is recomputed and compared, in a few float32 matrices of that size."""
+"""Check rows are recomputed in groups of at least this many logits, in a few float32 matrices of that size."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write a safetensors file, whole or not at all, and return its entry for the manifest."""
+    """Write a safetensors file, completely or not at all, and return its entry for the manifest."""
     with atomic_path(path) as temporary:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
     return file_entry(path)
@@ -62,8 +62,8 @@ class Capture:
     Attributes:
         path: its directory.
         manifest: the contents of `capture.json`.
-        stamps: what each file was when the capture was opened, by its name. A file that is another by now is not
-            read: another process may have replaced the capture, and two captures must not be mixed.
+        stamps: the stamp of each file when the capture was opened, by name. A file whose stamp has changed is not
+            read: another process may have replaced the capture, and files of two captures must not be mixed.
 
     """
 
@@ -73,15 +73,15 @@ class Capture:
 
     @classmethod
     def open(cls, path: Path, windows: Windows | None = None) -> Capture:
-        """Open a capture. Cheap: names and sizes are checked here, contents by `verify`.
+        """Open a capture. This is cheap, because it checks only names and sizes; `verify` checks the contents.
 
         Args:
             path: its directory.
-            windows: what it is expected to cover; needed for the original layout, which has no manifest.
+            windows: those that it must cover; required for the original layout, which has no manifest.
 
         Raises:
-            DamagedCaptureError: incomplete, or of another schema.
-            CaptureError: not a capture, or not of these windows.
+            DamagedCaptureError: the capture is incomplete or has another schema.
+            CaptureError: the directory is not a capture, or the capture covers other windows.
 
         """
         if (path / MANIFEST).is_file():
@@ -89,7 +89,7 @@ class Capture:
         elif windows is not None:
             manifest = manifest_of_original_layout(path, windows.count)
         else:
-            raise CaptureError(f"{path} holds no {MANIFEST}: it is not a capture")
+            raise CaptureError(f"{path} is not a capture: it has no {MANIFEST}")
         stamps = {}
         for name, entry in manifest["files"].items():
             stamp = _stamp(path / name)
@@ -115,7 +115,7 @@ class Capture:
     @cached_property
     def vocab_size(self) -> int:
         """Return the number of columns of the logits, without padding."""
-        if self.manifest["vocab_size"] is None:  # the original layout leaves it to the shape
+        if self.manifest["vocab_size"] is None:  # in the original layout only the shape tells
             return self._shape(0)[1]
         return int(self.manifest["vocab_size"])
 
@@ -126,14 +126,14 @@ class Capture:
 
     @cached_property
     def digest(self) -> str:
-        """Return a digest of what this capture says, not of how it came about."""
+        """Return a digest of the capture's contents, regardless of how they were made."""
         described = {
             name: self.manifest[name] for name in ("store", "vocab_size", "transforms", "window_files", "files")
         }
         return sha256_of_json(described)
 
     def load_head(self) -> Head | None:
-        """Read the head, for the store `hidden`; None for the others."""
+        """Read the head if the store is `hidden`; return None for the other stores."""
         if self.store != "hidden":
             return None
         with self._open_file(HEAD_FILE) as file:
@@ -141,7 +141,7 @@ class Capture:
         return Head(weight=tensors["weight"], bias=tensors.get("bias"), **self.manifest["transforms"])
 
     def token_ids(self, window: int) -> Tensor | None:
-        """Return a window's token ids [N], or None where the original layout kept none."""
+        """Return a window's token ids [N], or None if the file has none, as in the original layout."""
         with self._open_window(window) as file:
             return file.get_tensor("token_ids") if "token_ids" in file.keys() else None  # noqa: SIM118
 
@@ -155,12 +155,12 @@ class Capture:
         """Check every byte against the manifest's digests and the head against the check rows.
 
         Raises:
-            DamagedCaptureError: names the file that is corrupt, or says that the head is not the engine's.
+            DamagedCaptureError: a file is corrupt, which the message names, or the head is not the engine's.
 
         """
         for name, entry in self.manifest["files"].items():
             if entry["sha256"] is not None and self._sha256(name) != entry["sha256"]:
-                raise self._damaged(f"{self.path / name} is corrupt: its SHA-256 is not the manifest's.")
+                raise self._damaged(f"{self.path / name} is corrupt: its SHA-256 differs from the manifest's.")
         if self.store == "hidden":
             check = self.check_head()
             if not check.faithful:
@@ -171,21 +171,21 @@ class Capture:
         self.require_unchanged()
 
     def require_unchanged(self) -> None:
-        """Check that every file is the one that was opened, by its stamp.
+        """Check by the stamps that every file is still the one that was opened.
 
         Raises:
-            DamagedCaptureError: names the file that was replaced, changed or removed since.
+            DamagedCaptureError: a file was replaced, changed or removed since; the message names it.
 
         """
         for name, stamp in self.stamps.items():
             if _stamp(self.path / name) != stamp:
                 raise self._damaged(
-                    f"{self.path / name} was replaced, changed or removed since this session opened it. Does another "
-                    "process write there?"
+                    f"{self.path / name} was replaced, changed or removed since this session opened it. Is another "
+                    "process writing there?"
                 )
 
     def check_head(self) -> HeadCheck:
-        """Recompute the check rows of every window and compare; see `head.check_head`."""
+        """Recompute the check rows of every window and compare them; see `head.check_head`."""
         head = self.load_head()
         assert head is not None
         checks, rows = [], 0
@@ -212,22 +212,22 @@ class Capture:
         if recorded["token_ids_sha256"] != windows.digest:
             theirs = ", ".join(f"{name} {recorded[name]}" for name in ("dataset", "windows", "window_size", "stride"))
             raise CaptureError(
-                f"token ids differ: the capture {self.path} is of other windows ({theirs}, tokenizer "
-                f"{recorded['tokenizer']}) than this session's. Give the options that it was made with."
+                f"token ids differ: the capture {self.path} covers other windows ({theirs}, tokenizer "
+                f"{recorded['tokenizer']}) than this session's. Give the options with which it was made."
             )
 
     def _check_shapes(self, size: int) -> None:
-        """The original layout says nothing about its windows but by their shape."""
+        """Check the windows' shapes, which are all that the original layout tells about them."""
         for window, name in enumerate(self.manifest["window_files"]):
             shape = list(self._shape(window))
             if shape != [size, self.vocab_size]:
                 raise CaptureError(
                     f"{self.path / name} has shape {shape}, expected {[size, self.vocab_size]} (positions, "
-                    "vocabulary). Give the --kld-window-size it was made with."
+                    "vocabulary). Give the --kld-window-size with which it was made."
                 )
 
     def _shape(self, window: int) -> tuple[int, int]:
-        """Return how many positions and columns the matrix of a window has."""
+        """Return the numbers of positions and columns of a window's matrix."""
         with self._open_window(window) as file:
             shape = file.get_slice(MATRIX[self.store]).get_shape()
         if len(shape) != 2:
@@ -262,7 +262,7 @@ class Capture:
 
 
 def _stamp(path: Path) -> Stamp | None:
-    """Return a regular file's stamp, or None if there is none."""
+    """Return a regular file's stamp, or None if there is no such file."""
     try:
         known = path.stat()
     except OSError:
@@ -283,7 +283,7 @@ def combine_checks(checks: list[HeadCheck]) -> HeadCheck:
 
 @dataclass(frozen=True, slots=True)
 class LogitsReader:
-    """Reads a capture's logits in blocks of rows, recomputing them from hidden states where need be."""
+    """Reads a capture's logits in blocks of rows, recomputed from hidden states if necessary."""
 
     capture: Capture
     head: Head | None
@@ -300,7 +300,7 @@ class LogitsReader:
         """Return logits (or log-probs) [stop − start, V] on the device.
 
         Raises:
-            CaptureError: the window holds fewer rows, or columns, than it should.
+            CaptureError: the window has fewer rows or columns than it should.
 
         """
         logits = self._from_rows(self.capture.rows(window, start, stop))

@@ -1,10 +1,10 @@
-"""The journal of a capture that is being made: the digest of each file, written down when the file is complete.
+"""The journal of a capture in progress: the digest of each file, recorded when the file is complete.
 
-A resumed recording believes a file only if its digest is here and the bytes still have it. The journal lies in the
-partial directory and is removed before the capture is published: the manifest holds the same digests then.
+A resumed recording uses a file only if the journal has its digest and the bytes still match it. The journal is in the
+partial directory. It is removed before the capture is published, because the manifest then has the same digests.
 
     {"key": SHA-256 of the capture's key}
-    {"name": "windows/00000.safetensors", "bytes": 4242, "sha256": …}     one line a file; the last of a name counts
+    {"name": "windows/00000.safetensors", "bytes": 4242, "sha256": …}     one line per file; a name's last line counts
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Journal:
     """The files of one partial directory that were complete when they were written."""
 
     def __init__(self, partial: Path, key: dict[str, Any]) -> None:
-        """Read what an interrupted session left, and remove what is of no use. Makes no directory yet.
+        """Read what an interrupted session left, and remove what cannot be used. Creates no directory yet.
 
         Args:
-            partial: the directory; nobody else writes there, as the caller holds the entry's lock.
-            key: of the capture that is made. What is left of another capture is removed.
+            partial: the directory; nobody else writes there, because the caller holds the entry's lock.
+            key: the key of the capture that is made. Files of another capture are removed.
 
         Raises:
             CacheError: something cannot be read or removed.
@@ -70,7 +70,7 @@ class Journal:
         return entry if same else None
 
     def add(self, name: str, entry: dict[str, Any]) -> None:
-        """Write down a file's entry for the manifest, right after the file was written.
+        """Record a file's entry for the manifest, right after the file was written.
 
         Raises:
             CacheError: the disk is full or the directory cannot be written.
@@ -94,10 +94,14 @@ class Journal:
 
 
 def remove_others(directory: Path, kept: Collection[str]) -> None:
-    """Remove every file below a directory but those with these relative names, such as a killed writer's temporaries.
+    """Remove every file below a directory, such as a killed writer's temporary files, except those with these names.
+
+    Args:
+        directory: the directory.
+        kept: the names of the files that stay, relative to the directory.
 
     Raises:
-        OSError: one cannot be removed.
+        OSError: a file cannot be removed.
 
     """
     for path in directory.rglob("*"):
@@ -106,7 +110,7 @@ def remove_others(directory: Path, kept: Collection[str]) -> None:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines that are whole; half a line, or a damaged one, says nothing."""
+    """Return the lines that are whole; incomplete and damaged lines are skipped."""
     lines = []
     try:
         text = path.read_text(encoding="utf-8", errors="replace")

@@ -1,4 +1,4 @@
-"""The library of captures: hands out those that the cache holds, has the others recorded, and mends damaged ones."""
+"""The library of captures: returns those in the cache, has the others recorded, and replaces damaged ones."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _TRIES = 4
-"""How often work over captures is begun while captures turn out to be damaged or are replaced meanwhile."""
+"""How many times work on captures is tried if captures turn out to be damaged or are replaced meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Obtained:
-    """A capture that came from here, and what is needed to record it again."""
+    """A capture that the library returned, and what is needed to record it again."""
 
     capture: Capture
     subject: Subject
@@ -45,14 +45,14 @@ class _Obtained:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptureLibrary:
-    """Obtains captures of Subjects, each recorded at most once.
+    """Obtains captures of Subjects, and records each at most once.
 
     Attributes:
-        cache: where they are kept.
+        cache: where captures are kept.
         engine: returns an engine by its name.
         identify: returns what determines a pinned model's bits, as JSON.
-        store: what they keep.
-        progress: told of what is recorded, of waiting, and of what is mended.
+        store: what captures keep.
+        progress: receives messages about what is recorded, awaited and replaced.
         strict: whether a damaged entry of the cache is an error.
 
     """
@@ -78,15 +78,15 @@ class CaptureLibrary:
         """Return a capture that covers windows.
 
         Args:
-            subject: what is run, or a capture that the user names by its path.
+            subject: what is run, or a capture that the user named by its path.
             windows: what the capture must cover.
-            rounds: the windows of every round, if captures grow in rounds; a capture of a later round is taken as
-                it is, and one of an earlier round is continued.
-            before: called before a model is run; raises if that would be in vain.
+            rounds: the windows of every round, if captures grow in rounds. A capture of a later round is used as it is,
+                and one of an earlier round is continued.
+            before: called before a model is run; raises if the run would be useless.
 
         Raises:
-            KLDError: the capture named is not of these windows, the model cannot be run, or its files changed while
-                it was captured.
+            KLDError: the named capture covers other windows, the model cannot be run, or its files changed while it
+                was captured.
 
         """
         path = subject.spec.path
@@ -106,15 +106,15 @@ class CaptureLibrary:
             if capture is not None:
                 self._obtained[entry] = _Obtained(capture, subject, covered, rounds, key)
                 return capture
-        raise AssertionError("the last of them is recorded if it is not there")
+        raise AssertionError("the last entry is recorded if it is missing")
 
     def current(self, capture: Capture) -> Capture:
-        """Return a capture as it is now: it may have been recorded again since it was obtained."""
+        """Return the current state of a capture: it may have been recorded again since it was obtained."""
         known = self._obtained.get(capture.path)
         return capture if known is None or capture.path in self._named else known.capture
 
     def verify(self, capture: Capture) -> None:
-        """Check a capture's contents, once in a session for the same files.
+        """Check a capture's contents, once per session for the same files.
 
         Raises:
             DamagedCaptureError: see `Capture.verify`.
@@ -127,13 +127,14 @@ class CaptureLibrary:
         self._verified[capture.path] = capture.stamps
 
     def mending(self, work: Callable[[], T]) -> T:
-        """Do work over captures. If one of the cache turns out to be damaged, mend it and begin the work again.
+        """Do work on captures. If one in the cache turns out to be damaged, replace it and start the work again.
 
         Args:
-            work: what is done; it asks `current` for its captures, and holds no lock when it raises.
+            work: what is done; it gets its captures from `current`, and holds no lock when it raises.
 
         Raises:
-            DamagedCaptureError: of a capture that was named by its path, or with --kld-strict-cache.
+            DamagedCaptureError: a capture that was named by its path is damaged, --kld-strict-cache is given, or a
+                capture is damaged at the last try as well.
 
         """
         for _ in range(_TRIES - 1):
@@ -144,7 +145,7 @@ class CaptureLibrary:
         return work()
 
     def _mend(self, damage: DamagedCaptureError) -> None:
-        """Put a good capture in a damaged one's place, unless another process has done so already."""
+        """Replace a damaged capture by a good one, unless another process has already done so."""
         entry = damage.path
         known = self._obtained.get(entry)
         if known is None or entry in self._named:
@@ -155,11 +156,11 @@ class CaptureLibrary:
             if capture is None:
                 capture = self._record(entry, subject, windows, rounds, key, lambda: None)
             else:
-                self.progress.note(f"another process replaced the cache entry {entry}; going on with the new one")
+                self.progress.note(f"another process replaced the cache entry {entry}; continuing with the new one")
         self._obtained[entry] = _Obtained(capture, subject, windows, rounds, key)
 
     def _take(self, entry: Path, windows: Windows, key: dict[str, Any], *, thoroughly: bool = False) -> Capture | None:
-        """Return the capture that the cache holds; None if there is none, or if it was damaged and is set aside."""
+        """Return the capture in the cache; None if it is missing, or if it was damaged and is now set aside."""
         if not self.cache.holds(entry / MANIFEST):
             if entry.exists() and self.cache.refreshed_since is None:
                 self._set_aside(entry, DamagedCaptureError(entry, f"the capture {entry} has no {MANIFEST}."))
@@ -174,10 +175,10 @@ class CaptureLibrary:
         return capture
 
     def _set_aside(self, entry: Path, damage: CaptureError) -> None:
-        """Move a damaged entry to the quarantine and say so.
+        """Move a damaged entry to the quarantine and report it.
 
         Raises:
-            CaptureError: the damage, with --kld-strict-cache.
+            CaptureError: the damage, if --kld-strict-cache is given.
 
         """
         if self.strict:
@@ -194,7 +195,7 @@ class CaptureLibrary:
         key: dict[str, Any],
         before: Callable[[], None],
     ) -> Capture:
-        """Record a capture as a cache entry, beginning with what the rounds before it have.
+        """Record a capture as a cache entry, starting with the windows of earlier rounds.
 
         Raises:
             CaptureError: the model's files changed while it was captured.
@@ -209,8 +210,8 @@ class CaptureLibrary:
             if self.cache.holds(smaller / MANIFEST):
                 try:
                     adopt_windows(_open_entry(smaller, fewer, their_key), Journal(self.cache.partial(entry), key))
-                except CaptureError as damage:  # it is set aside when it is asked for itself
-                    self.progress.note(f"{subject.label}: a capture of fewer windows is not continued: {damage}")
+                except CaptureError as damage:  # it is set aside when it is itself requested
+                    self.progress.note(f"{subject.label}: cannot continue a capture of fewer windows: {damage}")
         engine = self.engine(subject.engine)
         recording = Recording(engine=engine, subject=subject, windows=windows, store=self.store, key=key)
         recording.run(self.cache, entry, self.progress)
@@ -233,7 +234,7 @@ class CaptureLibrary:
         """Return a capture of the same Subject that covers at least these windows. See `obtain`.
 
         Raises:
-            CaptureError: a capture of fewer windows that is not from here.
+            CaptureError: the capture has fewer windows and was not obtained here.
 
         """
         if capture.windows >= windows.count:
@@ -241,13 +242,13 @@ class CaptureLibrary:
         subject = self.subject_of(capture)
         if subject is None:
             raise CaptureError(
-                f"the capture {capture.path} has {capture.windows} windows and {windows.count} are needed; give "
-                "--kld-windows=auto:N with its number, or a model that can be run"
+                f"the capture {capture.path} has {capture.windows} windows, but {windows.count} are needed: give "
+                f"--kld-windows=auto:{capture.windows}, or name a model that can be run"
             )
         return self.obtain(subject, windows, rounds=rounds, before=before)
 
     def subject_of(self, capture: Capture) -> Subject | None:
-        """Return what a capture is of, if it was obtained here and not named by its path."""
+        """Return a capture's Subject, if the capture was obtained here and not named by its path."""
         known = self._obtained.get(capture.path)
         return None if known is None else known.subject
 
@@ -263,13 +264,13 @@ class CaptureLibrary:
         }
 
     def _say_waiting(self, subject: Subject) -> None:
-        self.progress.note(f"waiting for another process that makes the capture of {subject.label}")
+        self.progress.note(f"waiting for another process, which is making the capture of {subject.label}")
 
 
 def say_set_aside(entry: Path, taken: Path | None, what: str, progress: Progress) -> None:
-    """Say that a damaged entry is made anew: at once, and in the warnings at the end, which xdist and -q show too."""
-    where = "is gone" if taken is None else f"was moved to {taken}"
-    text = f"the cache entry {entry} was damaged, {where} and is made anew if it is needed. What was wrong: {what}"
+    """Report a damaged entry: immediately, and in the warnings at the end, which xdist and -q show too."""
+    where = "no longer exists" if taken is None else f"was moved to {taken}"
+    text = f"the cache entry {entry} was damaged, {where} and is made again if it is needed. What was wrong: {what}"
     progress.note(text)
     warnings.warn(text, CacheWarning, stacklevel=2)
 
@@ -278,12 +279,13 @@ def _open_entry(entry: Path, windows: Windows, key: dict[str, Any]) -> Capture:
     """Open an entry of the cache.
 
     Raises:
-        CaptureError: it is damaged, or the capture of something else that somebody put under this name.
+        CaptureError: the entry is damaged, or it is another capture that was put under this name.
 
     """
     capture = Capture.open(entry, windows)
     if sha256_of_json(capture.manifest.get("key")) != sha256_of_json(key):
         raise DamagedCaptureError(
-            entry, f"{entry / MANIFEST} has another key than its directory's name says: it is another capture's."
+            entry,
+            f"{entry / MANIFEST} has a key that does not fit its directory's name: it belongs to another capture.",
         )
     return capture

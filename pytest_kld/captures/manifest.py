@@ -30,7 +30,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Read and check the manifest of a capture.
 
     Raises:
-        DamagedCaptureError: corrupt, incomplete, of another schema, or without what a manifest has.
+        DamagedCaptureError: the manifest cannot be read, is corrupt or invalid, or has another schema, or the capture
+            is incomplete.
 
     """
     try:
@@ -40,23 +41,25 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCaptureError(path, f"the manifest {path / MANIFEST} is corrupt ({error!r}).") from error
     if not intact:
-        raise DamagedCaptureError(path, f"the manifest {path / MANIFEST} is corrupt: its SHA-256 is another.")
+        raise DamagedCaptureError(
+            path, f"the manifest {path / MANIFEST} is corrupt: its SHA-256 does not match its contents."
+        )
     if not usable:
         raise DamagedCaptureError(
-            path, f"the capture {path} is incomplete or of schema {manifest['schema']}, not {SCHEMA}."
+            path, f"the capture {path} is incomplete, or its schema is {manifest['schema']} instead of {SCHEMA}."
         )
     try:
         check_manifest(manifest, head_file=HEAD_FILE, window_file=window_file)
     except ValueError as error:
-        raise DamagedCaptureError(path, f"the manifest {path / MANIFEST} is not a capture's: {error}.") from error
+        raise DamagedCaptureError(path, f"the manifest {path / MANIFEST} is invalid: {error}.") from error
     return manifest
 
 
 def manifest_of_original_layout(path: Path, windows: int) -> dict[str, Any]:
-    """Make up the manifest of a directory that has none.
+    """Create the manifest of a directory of the original layout, which has none.
 
     Raises:
-        CaptureError: its files are not those of so many windows.
+        CaptureError: the directory's files are not those of this number of windows.
 
     """
     count = sum(1 for file in path.glob("*.safetensors") if file.stem.isdecimal())
@@ -66,8 +69,8 @@ def manifest_of_original_layout(path: Path, windows: int) -> dict[str, Any]:
         names = [f"{index}.safetensors" for index in range(0, count, 2)]
     else:
         raise CaptureError(
-            f"{path} holds {count} window files, and this session has {windows} windows: expected {windows}, or "
-            f"{2 * windows} where a speculative head was saved too. Give the --kld-windows it was made with."
+            f"{path} holds {count} window files, but this session has {windows} windows: expected {windows}, or "
+            f"{2 * windows} if a speculative head was saved too. Give the --kld-windows with which it was made."
         )
     if missing := [name for name in names if not (path / name).is_file()]:
         raise CaptureError(f"{path / missing[0]} is missing")
@@ -85,7 +88,7 @@ def manifest_of_original_layout(path: Path, windows: int) -> dict[str, Any]:
         "transforms": None,
         "checks": None,
         "window_files": names,
-        # Without a manifest nobody knows what the bytes should be; the time stamp tells versions apart.
+        # Without a manifest the right digests are unknown; the time stamp distinguishes versions.
         "files": {
             name: {"bytes": known.st_size, "mtime_ns": known.st_mtime_ns, "sha256": None}
             for name, known in sizes.items()

@@ -1,4 +1,4 @@
-"""The quarantine: damaged entries of the cache, kept for a look at them until something newer needs the room."""
+"""The quarantine: damaged entries of the cache, kept for inspection until something newer needs the space."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
 
 _MOST_ENTRIES = 8
 _MOST_BYTES = 20_000_000_000
-"""Bounds of the quarantine. The entry that came last stays, whatever its size, until a capture needs its room."""
+"""Bounds of the quarantine. The newest entry stays, whatever its size, until a capture needs its space."""
 
 
 class Quarantine:
     """Damaged captures and scores in one directory, each named `ENTRY-TIME-RANDOM`."""
 
     def __init__(self, directory: Path) -> None:
-        """Name the directory; it is made when the first entry comes."""
+        """Set the directory; it is created when the first entry arrives."""
         self.directory = directory
 
     def take(self, entry: Path) -> Path | None:
-        """Move an entry here, remove the oldest ones beyond the bounds, and return where it is now.
+        """Move an entry here, remove the oldest ones beyond the bounds, and return its new path.
 
-        Returns None if the entry is not there any more.
+        Returns None if the entry no longer exists.
 
         Raises:
-            CacheError: it cannot be moved.
+            CacheError: the entry cannot be moved.
 
         """
         taken = self.directory / f"{entry.name}-{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
@@ -45,13 +45,13 @@ class Quarantine:
                 f"the cache entry {entry} is damaged and cannot be moved to {self.directory}: {error}. Remove it by "
                 "hand."
             ) from error
-        with suppress(OSError):  # the time of the arrival, which is what the age is judged by
+        with suppress(OSError):  # the time of arrival, by which the age is judged
             taken.touch()
         self._trim(_MOST_BYTES, _MOST_ENTRIES, least=1)
         return taken
 
     def shrink(self, size: int) -> int:
-        """Remove the oldest entries until the others take no more than `size` bytes, and return what they take."""
+        """Remove the oldest entries until the others take at most `size` bytes, and return how many they take."""
         return self._trim(size, _MOST_ENTRIES, least=0)
 
     def _trim(self, size: int, count: int, *, least: int) -> int:
@@ -75,13 +75,13 @@ def _arrived(path: Path) -> float:
 def _bytes_of(path: Path) -> int:
     total = 0
     for file in path.rglob("*") if path.is_dir() else [path]:
-        with suppress(OSError):  # another session removes it at the same time
+        with suppress(OSError):  # another session is removing it
             total += file.stat().st_size
     return total
 
 
 def _remove(path: Path) -> None:
-    """Remove what can be removed: another session may do the same now, and what stays is tried again next time."""
+    """Remove what can be removed: another session may be doing the same. What stays is tried again next time."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

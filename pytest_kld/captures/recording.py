@@ -1,4 +1,4 @@
-"""Recording: run a model over the windows and write its Capture, resuming what was interrupted."""
+"""Recording: run a model over the windows and write its Capture, or resume an interrupted one."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
     from pytest_kld.text.windows import Windows
 
 _NEEDED_SLACK_BYTES = 1 << 20
-"""Manifest, token ids' headers and the like."""
+"""Allowance for the manifest, the headers of the token ids and the like."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
-    """One capture to be made.
+    """A capture to be recorded.
 
     Attributes:
-        engine: what runs the model.
+        engine: the engine that runs the model.
         subject: what is run, with its model pinned.
-        windows: what it runs over.
-        store: what is kept, as the user asked for it.
-        key: what determines the bits; names the cache entry.
+        windows: the windows that it runs over.
+        store: what is kept, as the user requested it.
+        key: what determines the bits; it names the cache entry.
 
     """
 
@@ -53,11 +53,11 @@ class Recording:
     key: dict[str, Any]
 
     def run(self, cache: Cache, entry: Path, progress: Progress) -> None:
-        """Make the capture and publish it as a cache entry.
+        """Record the capture and publish it as a cache entry.
 
         Raises:
-            KLDError: the model does not load, its vocabulary does not hold the windows' ids, its head is not what
-                was asked for, or the disk is too small. Complete windows stay and are used by the next try.
+            KLDError: the model does not load, its vocabulary lacks an id of the windows, its head does not fit the
+                requested store, or the disk is too small. Complete windows are kept, and the next run uses them.
 
         """
         journal = Journal(cache.partial(entry), self.key)
@@ -68,7 +68,7 @@ class Recording:
         with self.engine.open(self.subject) as loaded:
             head, store, reason = self._choose_store(loaded)
             if store != "hidden" and self.store == "auto":
-                progress.note(f"{self.subject.label}: keeping logits, {reason}")
+                progress.note(f"{self.subject.label}: keeping logits, because {reason}")
                 self._require_free(cache, entry, loaded.facts, store, progress)
             partial = cache.partial(entry)
 
@@ -96,12 +96,12 @@ class Recording:
 
     @property
     def check_rows(self) -> list[int]:
-        """Positions whose full logits are kept with the hidden states: one inside, and the last."""
+        """The positions whose full logits are kept with the hidden states: the middle one and the last."""
         return [self.windows.size // 2, self.windows.size - 1]
 
     def _choose_store(self, loaded: LoadedModel) -> tuple[Head | None, str, str]:
         if self.store in ("logits", "logprobs"):
-            return None, self.store, "asked for"
+            return None, self.store, "requested by the user"
         probe = next(iter(loaded.prefill(self.windows, [0], self.check_rows)))
         head, reason = self._prove(loaded, probe)
         if head is not None:
@@ -116,7 +116,7 @@ class Recording:
         if not loaded.heads:
             return None, "the model has no plain linear head"
         if probe.hidden is None or probe.hidden.shape[0] != self.windows.size:
-            return None, "what goes into the head was not seen"
+            return None, "the head's input was not recorded"
         vocab_size = loaded.facts.vocab_size
         logits = _trim(probe.logits, vocab_size, self.subject.label)
         checks = []
@@ -139,14 +139,14 @@ class Recording:
         progress: Progress,
         require_free: Callable[[torch.dtype], None],
     ) -> dict[str, dict[str, Any]]:
-        """Run the windows that are missing and write them.
+        """Run the missing windows and write them.
 
         Args:
-            journal: of the entry that is being made.
+            journal: the journal of the entry in progress.
             loaded: the model.
             store: what is kept.
-            progress: told of each window.
-            require_free: called with the logits' dtype before anything is written, if it is wider than was known.
+            progress: advances with each window.
+            require_free: called with the logits' dtype before they are written, if it is wider than announced.
 
         """
         announced: torch.dtype = getattr(torch, loaded.facts.dtype)
@@ -158,7 +158,7 @@ class Recording:
                 files[name] = known
         missing = [index for index, name in enumerate(names) if name not in files]
         if files:
-            progress.note(f"{self.subject.label}: {len(files)} of {len(names)} windows are there already")
+            progress.note(f"{self.subject.label}: {len(files)} of {len(names)} windows are already captured")
         if damaged := [name for name in journal.names if name in names and name not in files]:
             progress.note(
                 f"{self.subject.label}: {len(damaged)} windows of the interrupted capture are damaged and are captured "
@@ -193,14 +193,15 @@ class Recording:
         expected = len(self.check_rows) if store == "hidden" else self.windows.size
         if len(logits) != expected:
             raise CaptureError(
-                f"{self.subject.label}, window {prefill.window}: the engine gave {len(logits)} rows of {expected}"
+                f"{self.subject.label}, window {prefill.window}: the engine returned {len(logits)} rows instead of "
+                f"{expected}"
             )
         if store == "hidden" and (prefill.hidden is None or len(prefill.hidden) != self.windows.size):
             raise CaptureError(f"{self.subject.label}, window {prefill.window}: hidden states are missing")
         return {**tensors, **matrix}  # type: ignore[dict-item]
 
     def _is_of_window(self, path: Path, store: str, index: int) -> bool:
-        """Tell whether an interrupted session left this window in the form that is needed now. Reads no matrix."""
+        """Tell whether an interrupted session left this window in the required form. Reads no matrix."""
         try:
             with safe_open(path, framework="pt") as file:
                 ids = file.get_tensor("token_ids")
@@ -247,9 +248,9 @@ class Recording:
 
 
 def adopt_windows(capture: Capture, journal: Journal) -> None:
-    """Give the window files of a capture of fewer windows to one that is being made, as hard links where possible.
+    """Add the window files of a capture of fewer windows to a capture in progress, as hard links if possible.
 
-    Files that are not what their manifest says are left out, and recorded anew.
+    Files that do not match their manifest are left out and recorded again.
     """
     for name in capture.manifest["window_files"]:
         file, link, entry = capture.path / name, journal.partial / name, capture.manifest["files"][name]
@@ -269,21 +270,21 @@ def adopt_windows(capture: Capture, journal: Journal) -> None:
 
 
 def require_fits(facts: ModelFacts, windows: Windows, label: str) -> None:
-    """Refuse a model that cannot be run on these windows.
+    """Reject a model that cannot be run on these windows.
 
     Raises:
-        ModelError: it has no column for an id that they use, or they are longer than its context.
+        ModelError: the model has no column for an id in the windows, or its context is shorter than a window.
 
     """
     greatest = int(windows.token_ids.max())
     if greatest >= facts.vocab_size:
         raise ModelError(
-            f"the vocabulary of {label} has {facts.vocab_size:,} tokens, and the windows use id {greatest:,}: it is "
+            f"the vocabulary of {label} has {facts.vocab_size:,} tokens, but the windows use id {greatest:,}: it is "
             f"not the vocabulary of the tokenizer of {windows.tokenizer}. Name the right one with --kld-tokenizer."
         )
     if facts.context_length is not None and windows.size > facts.context_length:
         raise ModelError(
-            f"{label} is made for {facts.context_length:,} positions and the windows have {windows.size:,}. Give a "
+            f"{label} supports {facts.context_length:,} positions, but the windows have {windows.size:,}. Give a "
             "smaller --kld-window-size (and --kld-stride)."
         )
 
@@ -291,14 +292,14 @@ def require_fits(facts: ModelFacts, windows: Windows, label: str) -> None:
 def capture_bytes(
     facts: ModelFacts, windows: Windows, store: str, check_rows: int, logits_dtype: torch.dtype | None = None
 ) -> int:
-    """Return the bytes that a capture takes on disk, to within the files' headers.
+    """Return the number of bytes that a capture takes on disk, to within the files' headers.
 
     Args:
-        facts: of the model; hidden states and head have its dtype.
-        windows: what it runs over.
+        facts: the model's facts; hidden states and head have their dtype.
+        windows: the windows that the model runs over.
         store: what is kept.
-        check_rows: rows of logits that are kept of each window with the hidden states.
-        logits_dtype: the logits' dtype, if it is known; else the model's is taken.
+        check_rows: the number of rows of logits kept for each window with the hidden states.
+        logits_dtype: the logits' dtype; None if it is not known yet, and then the model's dtype is used.
 
     """
     itemsize: int = getattr(torch, facts.dtype).itemsize
@@ -316,7 +317,7 @@ def capture_bytes(
 def _trim(logits: Tensor, vocab_size: int, label: str) -> Tensor:
     if logits.shape[1] < vocab_size:
         raise CaptureError(
-            f"{label}: its logits have {logits.shape[1]:,} columns and its config says {vocab_size:,} tokens: part of "
+            f"{label}: its logits have {logits.shape[1]:,} columns, but its config says {vocab_size:,} tokens: part of "
             "the vocabulary is missing"
         )
     return logits[:, :vocab_size]

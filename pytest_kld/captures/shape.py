@@ -1,7 +1,7 @@
-"""The shape of a capture's manifest: what its fields must be before anything is made of them.
+"""The shape of a capture's manifest: the required type and range of each field.
 
-A digest finds damage; it does not tell who wrote the manifest. One from elsewhere, or one that was edited, is held
-against the shape here. Fields that nobody reads may be there as well.
+A digest detects damage; it does not tell who wrote the manifest. So a manifest, which may come from elsewhere or may
+have been edited, is checked against this shape before it is used. It may have further fields, which nothing reads.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _MOST = 2**62
 
 
 def check_manifest(manifest: Mapping[str, Any], *, head_file: str, window_file: Callable[[str, int], str]) -> None:
-    """Hold a manifest of the current schema against its shape.
+    """Check a manifest of the current schema against its shape.
 
     Args:
-        manifest: what `capture.json` holds, without its own digest.
+        manifest: the contents of `capture.json`, without its own digest.
         head_file: the name of the head's file.
         window_file: returns the name of a window's file, by store and index.
 
     Raises:
-        ValueError: names the field and what was expected in it.
+        ValueError: a field is wrong; the message names it and what was expected.
 
     """
     _MANIFEST(manifest, "")
@@ -42,9 +42,9 @@ def check_manifest(manifest: Mapping[str, Any], *, head_file: str, window_file: 
             raise ValueError(f"files: {name!r} is missing")
     for name in files:
         if not all(_NAME.fullmatch(part) for part in name.split("/")) or PurePosixPath(name).is_absolute():
-            raise ValueError(f"files: {_brief(name)} is no name of a file in the capture's directory")
+            raise ValueError(f"files: {_brief(name)} is not the name of a file in the capture's directory")
     if (manifest["transforms"] is None) == (store == "hidden"):
-        raise ValueError(f"transforms: the store {store} has {'some' if store == 'hidden' else 'none'}")
+        raise ValueError(f"transforms: {'required' if store == 'hidden' else 'not allowed'} with the store {store}")
     for field, wanted, got in (
         ("protocol.windows", len(names), manifest["protocol"]["windows"]),
         ("vocab_size", manifest["facts"]["vocab_size"], manifest["vocab_size"]),
@@ -62,13 +62,13 @@ def _brief(value: Any) -> str:
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "a list"
     if isinstance(value, int) and abs(value) > _MOST:
-        return "a very great number"
+        return "a very large number"
     text = ascii(value)
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _text(value: Any, where: str) -> None:
-    _expect(isinstance(value, str), where, "a text", value)
+    _expect(isinstance(value, str), where, "a string", value)
 
 
 def _digest(value: Any, where: str) -> None:

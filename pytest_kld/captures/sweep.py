@@ -1,4 +1,4 @@
-"""Sweeping: what killed sessions left behind is removed, once it is so old that nobody can be at work on it."""
+"""Sweeping: removes what killed sessions left behind, once it is too old to be in use."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _SECONDS = 24 * 3600
-"""Writing one file takes minutes, and a run in the spool ends when nothing has come for an hour."""
+"""Writing one file takes minutes, and a run in the spool ends if nothing has arrived for an hour."""
 _TEMPORARIES = (".*.tmp", "scores/.*.tmp", "logs/.*.tmp", "captures/*.partial/.*.tmp", "captures/*.partial/*/.*.tmp")
 _RUN = re.compile(r"[0-9a-f]{32}")
-"""The name of a run, see hook/protocol.py. Whatever else is in the directory is somebody else's."""
+"""The name of a run, see hook/protocol.py. Anything else in the directory belongs to somebody else."""
 
 
 def sweep(root: Path, spool: Path) -> None:
@@ -24,7 +24,7 @@ def sweep(root: Path, spool: Path) -> None:
 
     Args:
         root: the cache directory.
-        spool: the directory that passes on what servers write.
+        spool: the directory through which servers pass their files.
 
     """
     before = time.time() - _SECONDS
@@ -41,12 +41,12 @@ def _remove(paths: Iterable[Path], before: float) -> None:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            with suppress(OSError):  # another session removes it at the same time, or it is somebody else's
+            with suppress(OSError):  # another session is removing it, or another user owns it
                 path.unlink()
 
 
 def _touched(path: Path) -> float:
-    """Return when a file, or a directory or one of its files, was written last."""
+    """Return when a file, or a directory or any file in it, was last written."""
     times = []
     for file in [path, *path.glob("*")]:
         with suppress(OSError):

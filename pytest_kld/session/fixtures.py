@@ -68,7 +68,7 @@ def _measuring() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def kld_config(request: pytest.FixtureRequest) -> KLDConfig:
-    """All options and ini keys, checked and frozen."""
+    """Every option and ini key, checked and frozen."""
     return request.config.stash[CONFIG]
 
 
@@ -83,7 +83,10 @@ def kld_reference_args() -> Mapping[str, Any]:
 
 @pytest.fixture(scope="session")
 def kld_candidate_args() -> Mapping[str, Any]:
-    """Override this to give the engine arguments for candidates, e.g. `{"quantization_config": …}`."""
+    """Override this to give the engine arguments for candidates, e.g. `{"quantization_config": …}`.
+
+    See `kld_reference_args`.
+    """
     return {}
 
 
@@ -167,7 +170,7 @@ def kld_server(
 
 @pytest.fixture(scope="session")
 def kld_windows(_kld_measurement: Measurement) -> Windows:
-    """The token windows that both sides run on; with --kld-windows=auto, all that may be used."""
+    """The token windows that both sides run on. With --kld-windows=auto these are all windows that may be used."""
     with _measuring():
         return _kld_measurement.windows()
 
@@ -179,7 +182,7 @@ def kld_reference(
     kld_windows: Windows,
     _kld_overrides: Overrides,
 ) -> Capture:
-    """The reference's capture, from the cache or made now."""
+    """The reference's capture, from the cache or made now. With --kld-windows=auto it is that of the first round."""
     from pytest_kld.session.subjects import reference_of
 
     with _measuring():
@@ -199,7 +202,7 @@ def kld_candidate(
     kld_moe_backend: str | None,
     _kld_overrides: Overrides,
 ) -> Capture:
-    """The capture of each candidate in turn, from the cache or made now.
+    """The capture of each candidate in turn, from the cache or made now. With --kld-windows=auto: the first round's.
 
     Parametrized over `--kld-candidate`; a test's own
     `@pytest.mark.parametrize("kld_candidate", ["MODEL", …], indirect=True)` replaces that.
@@ -275,7 +278,10 @@ def _kld_gate(
 
 @pytest.fixture
 def kld(_kld_gate: KLD) -> KLD:
-    """The figures of the candidate. Limits of marker, command line and ini are checked after the test's body."""
+    """The figures of one candidate, e.g. `kld.mean` and `kld.p99`, in nats.
+
+    After the test's body they are checked against the limits of marker, command line, ini file and defaults.
+    """
     return _kld_gate
 
 

@@ -109,7 +109,7 @@ class Measurement:
         """The model whose tokenizer is used.
 
         Raises:
-            ModelError: none is named, or it is not there.
+            ModelError: no model is named, or the named one does not exist.
 
         """
         model = self.config.tokenizer or self.config.ref
@@ -129,7 +129,7 @@ class Measurement:
 
     @cached_property
     def tokens(self) -> Tokens | None:
-        """What the tokenizer says about ids; None if a project's own windows need no tokenizer."""
+        """What the tokenizer tells about token ids; None if a project's own windows need no tokenizer."""
         try:
             return Tokens.of(self.tokenizer)
         except ModelError:
@@ -162,24 +162,26 @@ class Measurement:
         """Return a server for a Subject: the one that is running, or a new one.
 
         Raises:
-            ServerError: the engine has no servers, or it does not boot.
+            ServerError: the engine has no servers, or the server does not boot.
 
         """
         engine = self.engine(subject.engine)
         if not isinstance(engine, ServedEngine):
             raise ServerError("kld_server needs SGLang: install it, or give --kld-engine=sglang")
         if "url" in subject.arguments:
-            raise ServerError(f"{subject.name} is served at {subject.arguments['url']}; kld_server boots servers")
+            raise ServerError(
+                f"{subject.name} is served at {subject.arguments['url']}, but kld_server boots its own servers"
+            )
         return engine.servers.get(subject.pin().spec, subject.arguments["args"], subject.environment)
 
     def capture(self, subject: Subject, windows: Windows) -> Capture:
-        """Return the reference's capture, from the cache or made now; with --kld-windows=auto of the first round."""
+        """Return the reference's capture, from the cache or made now; with --kld-windows=auto, the first round's."""
         return self.library.obtain(
             subject, self._first(windows), rounds=self._rounds(windows), before=lambda: self._check_candidates(windows)
         )
 
     def candidate_capture(self, subject: Subject, windows: Windows, reference: Capture) -> Capture:
-        """Return a candidate's capture, from the cache or made now; with --kld-windows=auto of the first round.
+        """Return a candidate's capture, from the cache or made now; with --kld-windows=auto, the first round's.
 
         The reference's capture is verified before the candidate's model is loaded, so that no expensive run is wasted.
         """
@@ -207,7 +209,7 @@ class Measurement:
         extended: bool = False,
         known: Scores | None = None,
     ) -> Scores:
-        """Return the scores of a pair: those saved, without touching a capture's contents, or computed now.
+        """Return the scores of a pair: saved ones, without reading a capture's contents, or those computed now.
 
         Saved scores that lack the extended columns are replaced if those columns are needed. `known` are scores of the
         same pair's first windows. Damaged captures and damaged scores in the cache are recreated.
@@ -258,7 +260,7 @@ class Measurement:
         return scores
 
     def _saved_scores(self, path: Path, key: dict[str, Any]) -> Scores | None:
-        """Return the scores that the cache holds; None if there are none, or if they are damaged and were set aside."""
+        """Return the scores in the cache; None if they are missing, or if they were damaged and are now set aside."""
         if not self.cache.holds(path) and (self.cache.refreshed_since is not None or not path.exists()):
             return None
         try:
@@ -270,7 +272,7 @@ class Measurement:
             return None
 
     def _first(self, windows: Windows) -> Windows:
-        """Return what is captured at first."""
+        """Return the windows that are captured first."""
         return self._rounds(windows)[0]
 
     def _rounds(self, windows: Windows) -> list[Windows]:
@@ -306,7 +308,7 @@ class Measurement:
             engine.close()
 
     def _say_leased(self, device: torch.device) -> None:
-        self.progress.note(f"waiting for {device}, which another session holds")
+        self.progress.note(f"waiting for {device}, which another session is using")
 
     def _say_waiting(self, what: str) -> None:
-        self.progress.note(f"waiting for another process that makes the {what}")
+        self.progress.note(f"waiting for another process, which is making the {what}")

@@ -1,4 +1,4 @@
-"""Where every Subject is made: from options and ini keys, from a test's parameters, and from fixtures."""
+"""Makes every Subject: from options and ini keys, from a test's parameters, and from fixtures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Role = Literal["reference", "candidate"]
 
 
 def reference_of(config: KLDConfig) -> Subject:
-    """Return the reference that options and ini keys name, or a placeholder for one that a project's fixture makes."""
+    """Return the reference that options and ini keys name, or a placeholder if a project's fixture makes it."""
     if config.ref is None:
         return Subject(name="the kld_reference fixture")
     return _from_options(config, "reference", config.ref)
@@ -58,10 +58,10 @@ def is_overridden(item: pytest.Item, fixture: str = "kld_candidate") -> bool:
 
 
 def find_subject(config: KLDConfig, model: str, role: Role = "candidate") -> Subject:
-    """Return a Subject for a model that a test names as on the command line.
+    """Return a Subject for a model that a test names, in the same way as on the command line.
 
     Raises:
-        ModelError: it is neither a directory nor a hub id.
+        ModelError: the name is neither a directory nor a hub id.
 
     """
     try:
@@ -71,7 +71,7 @@ def find_subject(config: KLDConfig, model: str, role: Role = "candidate") -> Sub
 
 
 def with_axes(subject: Subject, axes: Mapping[str, str]) -> Subject:
-    """Return a Subject with further axes, and with the flags that they stand for."""
+    """Return a Subject with further axes and the flags that set them."""
     if not axes:
         return subject
     added = replace(subject, axes={**subject.axes, **axes})
@@ -105,7 +105,7 @@ class Overrides:
             axes: further axes, from a fixture.
 
         Raises:
-            ModelError: something is given that the engine does not accept.
+            ModelError: an option or fixture is given that the engine does not accept.
 
         """
         if subject.engine == "":

@@ -127,7 +127,7 @@ def test_a_damaged_capture_is_set_aside_and_captured_anew(damage: str, name: str
     (aside,) = cache.quarantined
     assert aside.name.startswith(f"{entry.name}-")
     (line,) = [line for line in result.outlines if line.startswith("kld: the cache entry")]
-    assert line.startswith(f"kld: the cache entry {entry} was damaged, was moved to {aside} and is made anew if ")
+    assert line.startswith(f"kld: the cache entry {entry} was damaged, was moved to {aside} and is made again if ")
     assert str(entry / name) in line or (str(entry) in line and name == "capture.json")
     cache.run().assert_outcomes(passed=1)  # and once is enough
     assert cache.mean == mean
@@ -154,7 +154,7 @@ def test_another_captures_directory_under_an_entrys_name_is_not_believed(cache: 
     shutil.copytree(candidate, reference)
     result = cache.run()
     result.assert_outcomes(passed=1, warnings=1)
-    result.stdout.fnmatch_lines(["kld: the cache entry *capture.json has another key than *another capture's."])
+    result.stdout.fnmatch_lines(["kld: the cache entry *capture.json has a key that does not fit *another capture."])
     assert cache.mean == mean > 0
 
 

@@ -226,10 +226,10 @@ def test_ids_beyond_the_vocabulary_and_windows_beyond_the_context_are_refused(
     greatest = int(windows.token_ids.max())
     require_fits(replace(facts, vocab_size=greatest + 1, context_length=64), windows, "model")
     with pytest.raises(
-        ModelError, match=rf"vocabulary of model has {greatest} tokens, and the windows use id {greatest}"
+        ModelError, match=rf"vocabulary of model has {greatest} tokens, but the windows use id {greatest}"
     ):
         require_fits(replace(facts, vocab_size=greatest), windows, "model")
-    with pytest.raises(ModelError, match=r"made for 63 positions and the windows have 64.*--kld-window-size"):
+    with pytest.raises(ModelError, match=r"supports 63 positions, but the windows have 64.*--kld-window-size"):
         require_fits(replace(facts, context_length=63), windows, "model")
 
 

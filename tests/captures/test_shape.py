@@ -74,11 +74,11 @@ DELETED = object()
 BAD_NAMES = ("../x", "/etc/passwd", "a/../../x", "a//b", "", ".", "a\\b", "a\0b", "\ud800", "x" * 300, "\x1b[31m")
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "store": (lambda m: m.update(store="disk"), r"store: expected one of hidden, logits, logprobs, got 'disk'"),
-    "other store": (lambda m: m.update(store="logits"), r"transforms: the store logits has none"),
-    "no transforms": (lambda m: m.update(transforms=None), r"transforms: the store hidden has some"),
+    "other store": (lambda m: m.update(store="logits"), r"transforms: not allowed with the store logits"),
+    "no transforms": (lambda m: m.update(transforms=None), r"transforms: required with the store hidden"),
     "list": (lambda m: m.update(transforms=[1, None]), r"transforms: expected an object, got a list"),
     "text": (lambda m: m["transforms"].update(scale="1"), r"transforms\.scale: expected a number above 0, got '1'"),
-    "great": (lambda m: m["transforms"].update(scale=10**400), r"transforms\.scale: .* got a very great number"),
+    "great": (lambda m: m["transforms"].update(scale=10**400), r"transforms\.scale: .* got a very large number"),
     "zero": (lambda m: m["transforms"].update(softcap=0), r"transforms\.softcap: expected a number above 0, got 0"),
     "missing": (lambda m: m["transforms"].pop("scale"), r"transforms\.scale: is missing"),
     "width": (lambda m: m.update(vocab_size=True), r"vocab_size: expected a whole number of at least 1, got True"),
@@ -100,16 +100,16 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     **{
         f"file {name!r}": (
             lambda m, name=name: m["files"].update({name: m["files"]["head.safetensors"]}),  # type: ignore[misc]
-            r"files: .* is no name of a file in the capture's directory",
+            r"files: .* is not the name of a file in the capture's directory",
         )
         for name in BAD_NAMES
     },
     "protocol": (lambda m: m.update(protocol=None), r"protocol: expected an object, got None"),
     "ids": (lambda m: m["protocol"].update(token_ids_sha256="x"), r"protocol\.token_ids_sha256: expected a SHA-256"),
     "size": (lambda m: m["protocol"].update(window_size=64.0), r"protocol\.window_size: expected a whole number"),
-    "facts": (lambda m: m["facts"].update(dtype=None), r"facts\.dtype: expected a text, got None"),
+    "facts": (lambda m: m["facts"].update(dtype=None), r"facts\.dtype: expected a string, got None"),
     "key": (lambda m: m.update(key="k"), r"key: expected an object, got 'k'"),
-    "model": (lambda m: m.update(model=["m"]), r"model: expected a text, got a list"),
+    "model": (lambda m: m.update(model=["m"]), r"model: expected a string, got a list"),
     "checks": (lambda m: m["checks"].update(worst="0"), r"checks\.worst: expected a number, got '0'"),
 }
 
@@ -121,7 +121,7 @@ def test_field_of_another_shape_is_an_error_that_names_it(
     manifest = copy.deepcopy(whole.manifest)
     change(manifest)
     write_manifest(whole.path, manifest)
-    with pytest.raises(CaptureError, match=rf"capture\.json is not a capture's: {message}"):
+    with pytest.raises(CaptureError, match=rf"capture\.json is invalid: {message}"):
         logits(whole.path, windows)
 
 

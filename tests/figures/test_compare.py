@@ -126,7 +126,7 @@ def test_other_windows_are_refused(reference_dir: Path, windows: Windows, tmp_pa
     changed[2, 5] += 1
     with pytest.raises(CaptureError, match=r"token ids differ: window 2 of .* has other ids than this session's"):
         scores_of(capture, capture, replace(windows, token_ids=changed))
-    with pytest.raises(CaptureError, match=r"token ids differ: the capture .* is of other windows"):
+    with pytest.raises(CaptureError, match=r"token ids differ: the capture .* covers other windows"):
         type(capture).open(capture.path, replace(windows, token_ids=changed))
 
 

@@ -182,7 +182,7 @@ def run_twice(network: Any) -> Any:
         (quanto_not_frozen, "its head is not linear: check rows differ by"),
         (quanto, "the model has no plain linear head"),
         (torchao, "the model has no plain linear head"),
-        (run_twice, "what goes into the head was not seen"),
+        (run_twice, "the head's input was not recorded"),
     ],
 )
 def test_another_head_is_refused_and_logits_are_kept(

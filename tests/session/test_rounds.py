@@ -94,7 +94,7 @@ def test_an_undecided_one_goes_on_to_the_most_windows_and_reuses_window_files(se
     assert set(captures) == {1, 2, 4, 8, 16}
     # All five captures of a model share one file on disk for the first window.
     assert all((path / "windows" / "00000.safetensors").stat().st_nlink == 5 for path in captures.values())
-    result.stdout.fnmatch_lines(["*8 of 16 windows are there already*"])
+    result.stdout.fnmatch_lines(["*8 of 16 windows are already captured*"])
 
 
 def test_what_a_run_of_all_windows_left_is_used_and_not_made_again(session: Session) -> None:
