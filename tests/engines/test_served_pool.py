@@ -43,7 +43,8 @@ def test_versions_and_devices_are_asked_for_once(tmp_path: Path) -> None:
 
 def test_a_hook_of_another_version_is_refused_and_both_are_named(tmp_path: Path) -> None:
     pool = pool_that_is_told({**GOOD, "pytest_kld": "9.9.9", "protocol": 7}, tmp_path)
-    with pytest.raises(ServerError, match=r"pytest-kld 9\.9\.9 is installed \(protocol 7\)") as caught:
+    told = r"pytest-kld 9\.9\.9 \(protocol 7\) is installed where SGLang runs"
+    with pytest.raises(ServerError, match=told) as caught:
         pool.installed({})
     assert f"{__version__} (protocol {PROTOCOL})" in str(caught.value)
 

@@ -37,7 +37,10 @@ def test_a_marked_test_is_gated_whatever_a_fixture_named_kld_returns(gate: Gate,
 def test_limits_of_the_command_line_reach_a_test_behind_a_wrapper(gate: Gate) -> None:
     gate.pytester.makeconftest(WRAPPER)
     gate.pytester.makepyfile("def test_gate(kld): assert kld['mean'] > 0")
-    gate("--kld-max-mean=1e-9").assert_outcomes(failed=1)
+    result = gate("--kld-max-mean=1e-9")
+    # Older releases of pytest do not see our fixture behind the wrapper, so there the built-in gate runs as well.
+    assert set(result.parseoutcomes()) == {"failed"}
+    result.stdout.fnmatch_lines(["FAILED *::test_gate*"])
 
 
 def test_candidates_are_measured_if_kld_means_something_else(gate: Gate) -> None:
