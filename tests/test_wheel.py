@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
-OPTIONAL = {"sglang"}
-"""What is imported only inside servers, or only if it is installed."""
+OPTIONAL = {"sglang", "accelerate"}
+"""What is imported only where it is installed: inside servers, and for weights that accelerate itself offloaded."""
 
 
 @pytest.fixture(scope="module")

@@ -107,10 +107,10 @@ def test_the_example_of_a_release_gate_runs(
 
 
 @pytest.mark.parametrize("name", ["release_gate", "moe_backends"])
-def test_examples_are_collected_as_they_are(name: str) -> None:
+def test_examples_are_collected_as_they_are(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", EXAMPLES / name]
     run = subprocess.run(
-        [*map(str, command), "--kld-junit=/dev/null", "--kld-json=/dev/null"],
+        [*map(str, command), f"--kld-junit={tmp_path / 'junit.xml'}", f"--kld-json={tmp_path / 'kld.json'}"],
         cwd=EXAMPLES / name,
         capture_output=True,
         text=True,
