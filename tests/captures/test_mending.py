@@ -238,6 +238,7 @@ def test_two_processes_that_want_one_damaged_entry_mend_it_once(cache: Cache, me
     assert sum("was damaged" in text for text in output) == 1
 
 
+@pytest.mark.slow
 def test_xdist_workers_that_want_one_damaged_entry_mend_it_once(cache: Cache, broken_dir: Path, mean: float) -> None:
     cache.forget_scores()
     flip(cache.capture(cache.gate.reference) / WINDOW)
@@ -249,6 +250,7 @@ def test_xdist_workers_that_want_one_damaged_entry_mend_it_once(cache: Cache, br
     assert means[str(cache.gate.candidate)] == mean
 
 
+@pytest.mark.slow
 def test_a_damaged_capture_of_a_later_round_gives_way_to_the_first_round(
     pytester: pytest.Pytester, reference_dir: Path, candidate_dir: Path
 ) -> None:

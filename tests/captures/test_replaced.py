@@ -64,6 +64,7 @@ def tell():
 """A conftest that tells when the reference is recorded anew, and lets it take its time."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("until", ["recording", "recorded"])
 @pytest.mark.parametrize(("owner", "name"), [("capture", "sha256_of_file"), ("capture.LogitsReader", "logits")])
 def test_a_refresh_in_another_process_does_not_disturb_a_comparison(
