@@ -158,7 +158,12 @@ def _load_tokenizer(model: ModelSpec, trust_remote_code: bool) -> PreTrainedToke
 
 
 def tokenizer_files(model: ModelSpec) -> list[str]:
-    """Return the names of the files that a model's tokenizer is loaded from; none if it has no tokenizer."""
+    """Return the names of the files that a model's tokenizer is loaded from; none if it has no tokenizer.
+
+    Raises:
+        ModelError: it is a hub model, its tokenizer is not in the cache, and the hub cannot be asked.
+
+    """
     return sorted(name for name in _file_names(model) if _TOKENIZER_FILE.fullmatch(name))
 
 
@@ -166,6 +171,7 @@ def _file_names(model: ModelSpec) -> list[str]:
     if model.path is not None:
         return [path.name for path in model.path.iterdir()]
     from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
     cached = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
     names = [path.name for path in Path(cached).parent.iterdir()] if isinstance(cached, str) else []
@@ -173,8 +179,13 @@ def _file_names(model: ModelSpec) -> list[str]:
         return names
     try:
         return list(HfApi().list_repo_files(model.name, revision=model.revision))
-    except Exception:  # without a network the hub's client can raise anything; then only the cache is left
+    except OfflineModeIsEnabled:  # the user says that the cache has all there is
         return names
+    except Exception as error:  # without a network the hub's client can raise anything
+        raise ModelError(
+            f"cannot tell whether {model.label} has a tokenizer: the hub does not answer ({type(error).__name__}), and "
+            "its cache holds none. Try again, or name a model whose tokenizer fits both sides with --kld-tokenizer."
+        ) from error
 
 
 def cut_windows(

@@ -163,6 +163,23 @@ def test_a_hub_model_without_tokenizer_has_none_and_a_broken_one_is_an_error(
         load_tokenizer_if_any(model, trust_remote_code=False)
 
 
+def test_a_hub_that_cannot_be_asked_for_a_tokenizer_is_an_error_and_not_none(
+    make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.hf_api.HfApi.list_repo_files", _refuse_connection)
+    commit = "b" * 40
+    snapshot = tmp_path / "models--org--bare" / "snapshots" / commit
+    shutil.copytree(make_model("bare", tokenizer=False), snapshot)
+    with pytest.raises(ModelError, match=r"cannot tell whether org/bare@b+ has a tokenizer: the hub does not answer"):
+        tokenizer_files(ModelSpec(name="org/bare", revision=commit))
+
+
+def _refuse_connection(*_: object, **__: object) -> None:
+    raise ConnectionRefusedError
+
+
 def test_ids_that_mean_other_tokens_to_the_candidate_are_named(tokenizer: PreTrainedTokenizerFast) -> None:
     windows = cut(tokenizer)
     check_same_tokens(windows, tokenizer, with_bos(tokenizer), "candidate")  # one more token, not used
