@@ -11,6 +11,8 @@ from transformers import AutoConfig
 from pytest_kld.engines import ModelFacts
 from pytest_kld.engines.quantized import declared, method_of
 from pytest_kld.errors import ModelError
+from pytest_kld.hook.experts import experts_of, experts_per_token_of
+from pytest_kld.subjects.model import advice
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -45,7 +47,7 @@ def read_config(model: ModelSpec, *, trust_remote_code: bool) -> PretrainedConfi
             model.source, revision=model.revision or "main", trust_remote_code=trust_remote_code
         )
     except Exception as error:  # a config file can raise any exception, depending on its contents
-        raise ModelError(f"cannot read the config of {model.label}: {error}") from error
+        raise ModelError(f"cannot read the config of {model.label}: {error}{advice(error)}") from error
     return config
 
 
@@ -66,6 +68,9 @@ def facts_of(config: PretrainedConfig, dtype: str | None, quantization: Any = No
         context_length=getattr(text, "max_position_embeddings", None),
         dtype=dtype or str(text.dtype or config.dtype or torch.float32).removeprefix("torch."),
         quantization=method_of(declared(config) or quantization),
+        experts=experts_of(text),
+        experts_per_token=experts_per_token_of(text),
+        layers=getattr(text, "num_hidden_layers", None),
     )
 
 

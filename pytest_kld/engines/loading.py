@@ -194,21 +194,30 @@ def _require_dtype(network: PreTrainedModel, options: Mapping[str, Any], label: 
 def _require_one_head(network: PreTrainedModel, label: str, stored: Mapping[str, StoredTensor] | None) -> None:
     """Refuse a checkpoint whose config ties the head to the embeddings and that holds another head.
 
-    In that case transformers takes the head from the file, and other engines take the embeddings.
+    In that case transformers takes the head from the file, and its version 4 and other engines take the embeddings.
     """
     head, embeddings = network.get_output_embeddings(), network.get_input_embeddings()
-    names = [name for name, module in network.named_modules() if module is head]
     if not network.config.get_text_config().tie_word_embeddings or not type(network)._tied_weights_keys:
         return
-    if not names or f"{names[0]}.weight" not in (stored or {}) or head is embeddings:
+    if head is embeddings:
+        return
+    modules = dict(network.named_modules())
+    head_name, embeddings_name = (
+        next((f"{name}.weight" for name, found in modules.items() if found is module), "")
+        for module in (head, embeddings)
+    )
+    stored = stored or {}
+    if head_name not in stored:
         return
     one, other = getattr(head, "weight", None), getattr(embeddings, "weight", None)
+    if one is other and embeddings_name in stored:  # transformers may have replaced the file's head
+        one, other = (stored[name].read(name) for name in (head_name, embeddings_name))
     if one is None or other is None or one is other or one.is_meta or other.is_meta or one.shape != other.shape:
         return
     if not torch.equal(one, other.to(one.device)):
         raise ModelError(
             f"{label}: config.json says that the head is the embedding matrix (tie_word_embeddings), and the "
-            f"checkpoint holds another {names[0]}.weight. Loaders differ in which one they take: correct config.json "
+            f"checkpoint holds another {head_name}. Loaders differ in which one they take: correct config.json "
             "or the file."
         )
 
@@ -217,7 +226,7 @@ def _too_large(model: ModelSpec, device: torch.device, error: Exception) -> Mode
     return ModelError(
         f"{model.label} does not fit the memory of {device}: {error}. Spread it over several GPUs or the CPU with "
         '`device_map` ({"device_map": "auto"} in kld_reference_args or kld_candidate_args), give a smaller '
-        "--kld-dtype, or run it with --kld-engine=sglang and --tp."
+        "--kld-dtype, or run it on servers (--kld-engine=sglang or vllm) with tensor parallelism."
     )
 
 

@@ -70,7 +70,7 @@ def require_supported(config: PretrainedConfig, where: str, arguments: Mapping[s
         raise ModelError(
             f"{where} declares quant_method {method!r}, which this version of transformers does not know: it "
             f"would run the weights without it. It supports {', '.join(sorted(known | {_BITSANDBYTES}))}. Use another "
-            "version of transformers, or --kld-engine=sglang."
+            "version of transformers, or --kld-engine=sglang or vllm."
         )
     given = arguments.get("quantization_config")
     if given is None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pytest_kld.engines.served.kind import ServerKind
 
-_SERVED = {"sglang": "pytest_kld.engines.sglang.kind"}
-"""The module with each engine's `KIND`."""
+SERVED = {"sglang": "pytest_kld.engines.sglang.kind", "vllm": "pytest_kld.engines.vllm.kind"}
+"""The module with each engine's `KIND`. An engine's name is also that of the package that it is imported from."""
 
 
 def served_kind(name: str) -> ServerKind:
@@ -19,5 +19,5 @@ def served_kind(name: str) -> ServerKind:
         KeyError: no served engine has that name.
 
     """
-    kind: ServerKind = import_module(_SERVED[name]).KIND
+    kind: ServerKind = import_module(SERVED[name]).KIND
     return kind

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
@@ -12,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pytest_kld.engines import ModelFacts, Prefill
+from pytest_kld.engines import ModelFacts, Prefill, Routing
 from pytest_kld.engines.checkpoint import facts_of, read_config, versions
 from pytest_kld.engines.loading import has_adapter, load_network
 from pytest_kld.engines.quantized import require_supported
-from pytest_kld.errors import CaptureError, ModelError
+from pytest_kld.engines.routes import RouteWatch
+from pytest_kld.errors import CaptureError, KLDError, ModelError
 from pytest_kld.kernel.device import describe_device, pick_device
 from pytest_kld.kernel.head import Head
 from pytest_kld.servers.environment import numeric_environment
@@ -83,7 +85,8 @@ class TransformersEngine:
         device = pick_device(self.device)
         spread = device.type == "cuda" and subject.arguments.get("device_map") is not None
         devices = [torch.device("cuda", n) for n in range(torch.cuda.device_count())] if spread else [device]
-        quantized = self.facts(subject).quantization is not None
+        cache = getattr(subject.arguments.get("generation_config"), "cache_implementation", None)
+        quantized = self.facts(subject).quantization is not None or cache == "quantized"
         settings = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _NOT_IN_KEY}
         return {
             "engine": "transformers",
@@ -138,6 +141,13 @@ class LoadedTransformer:
     label: str
     quantization: str | None
     _seen: list[Tensor] = field(default_factory=list)
+    _routes: RouteWatch | None = None
+    _origin: str = field(default_factory=lambda: f"{os.getpid()}-{uuid.uuid4().hex}")
+
+    def __post_init__(self) -> None:
+        """Find the experts, if it has any."""
+        experts = self.facts.experts
+        self._routes = None if experts is None else RouteWatch(self._loaded, experts, self.label)
 
     @property
     def facts(self) -> ModelFacts:
@@ -145,6 +155,25 @@ class LoadedTransformer:
         network = self._loaded
         facts = facts_of(network.config, str(network.dtype).removeprefix("torch."))
         return replace(facts, quantization=self.quantization)  # dequantized weights have the quantized values
+
+    @property
+    def routing(self) -> Routing | None:
+        """How it routes tokens to experts. See `LoadedModel.routing`."""
+        return None if self._routes is None else self._routes.routing
+
+    @property
+    def origin(self) -> str:
+        """A name of one load in one process. See `LoadedModel.origin`."""
+        return self._origin
+
+    @property
+    def runtime(self) -> dict[str, Any]:
+        """The implementations that transformers chose. See `LoadedModel.runtime`."""
+        config = self._loaded.config
+        chosen = {"attention_backend": getattr(config, "_attn_implementation", None)}
+        if self._routes is not None:
+            chosen["moe_runner_backend"] = getattr(config, "_experts_implementation", None)
+        return {name: value for name, value in chosen.items() if isinstance(value, str)}
 
     @property
     def heads(self) -> list[Head]:
@@ -176,11 +205,12 @@ class LoadedTransformer:
         network = self._loaded
         head = network.get_output_embeddings()
         selected = None if rows is None else torch.tensor(rows)
-        hook = _watch(head, self._seen, selected) if isinstance(head, nn.Module) else None
+        hooks = [_watch(head, self._seen, selected)] if isinstance(head, nn.Module) else []
+        hooks += self._routes.attach() if self._routes is not None else []
         start, end = _device_of(network.get_input_embeddings()), _device_of(head)
         try:
             for index in indices:
-                self._seen.clear()
+                self._forget()
                 ids = torch.from_numpy(windows.token_ids[index]).long()[None].to(start)
                 try:
                     logits = network(input_ids=ids, use_cache=False).logits[0]
@@ -198,16 +228,59 @@ class LoadedTransformer:
                     # With `device_map` the hidden states are on the last layer's device, and the logits are
                     # returned on the first layer's; the check runs on the head's device.
                     hidden, logits = None if hidden is None else hidden.to(end), logits.to(end)
-                yield Prefill(window=index, hidden=hidden, logits=logits)
+                experts = None if self._routes is None else self._routes.take(windows.size)
+                yield Prefill(window=index, hidden=hidden, logits=logits, experts=experts)
         finally:
-            self._seen.clear()
-            if hook is not None:
+            self._forget()
+            for hook in hooks:
                 hook.remove()
+
+    @torch.inference_mode()
+    def decode(self, windows: Windows, indices: Sequence[int], rows: Sequence[int] | None) -> Iterator[Prefill]:
+        """Decode windows in batches with transformers' own generation loop. See `LoadedModel.decode`.
+
+        The model's `generation_config` says which cache it uses, such as a quantized one.
+        """
+        from pytest_kld.engines.decoding import ForcedSteps
+
+        network, decoding = self._loaded, windows.decoding
+        assert decoding is not None
+        if not network.can_generate():
+            raise ModelError(f"{self.label} cannot decode: transformers has no generation for it")
+        start, end = _device_of(network.get_input_embeddings()), _device_of(network.get_output_embeddings())
+        positions = range(windows.first_position, windows.size) if rows is None else rows
+        for batch in decoding.batches(indices):
+            ids = torch.from_numpy(windows.token_ids[batch]).long().to(start)
+            steps = ForcedSteps(ids, decoding.prompt_size, set(positions), self.label, self._routes)
+            try:
+                steps.run(network)
+            except KLDError:
+                raise
+            except Exception as error:
+                more = isinstance(error, torch.OutOfMemoryError)
+                hint = " Give a smaller --kld-concurrency or --kld-window-size." if more else ""
+                raise CaptureError(
+                    f"{self.label}, windows {batch[0]} to {max(batch)}: decoding failed: {type(error).__name__}: "
+                    f"{error}{hint}"
+                ) from error
+            logits = torch.stack(steps.logits, 1)
+            hidden = torch.stack(steps.hidden, 1) if len(steps.hidden) == windows.rows else None
+            for place, index in enumerate(dict.fromkeys(batch)):
+                seen = None if hidden is None else hidden[place].to(end)
+                experts = torch.stack([step[place] for step in steps.experts]) if steps.experts else None
+                kept = logits[place].to(end) if rows else logits[place]
+                yield Prefill(window=index, hidden=seen, logits=kept, experts=experts)
 
     def close(self) -> None:
         """Release the model."""
+        self._forget()
+        self.network = self._routes = None
+
+    def _forget(self) -> None:
+        """Forget what the last pass showed."""
         self._seen.clear()
-        self.network = None
+        if self._routes is not None:
+            self._routes.clear()
 
     @property
     def _loaded(self) -> PreTrainedModel:

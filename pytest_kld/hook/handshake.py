@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from pytest_kld import __version__
+from pytest_kld.hook.experts import RoutingDescription
 from pytest_kld.hook.head import HeadDescription, HeadPart
-from pytest_kld.hook.protocol import HANDSHAKE_FILE, PROTOCOL, write_json_whole
+from pytest_kld.hook.protocol import HANDSHAKE_FILE, ORIGIN, PROTOCOL, origin, write_json_whole
 from pytest_kld.servers.environment import numeric_environment
 
 
@@ -35,6 +36,7 @@ class ServerDescription:
         head_part: returns this rank's part of a plain head; None if it holds none.
         arguments: further settings for the manifest, plain values.
         refusal: why captures of this server would be wrong, in one sentence; None if they are valid.
+        routing: how the model routes tokens to experts; None for a dense model.
 
     """
 
@@ -52,20 +54,23 @@ class ServerDescription:
     head_part: Callable[[], HeadPart | None]
     arguments: dict[str, Any]
     refusal: str | None = None
+    routing: RoutingDescription | None = None
 
 
 def write_handshake(run: Path, description: ServerDescription) -> None:
     """Write the server's description: versions, model, numerics, head, environment."""
     fields = ServerDescription.__dataclass_fields__
-    told = {name: getattr(description, name) for name in fields if name not in ("head", "head_part")}
+    told = {name: getattr(description, name) for name in fields if name not in ("head", "head_part", "routing")}
     write_json_whole(
         run / HANDSHAKE_FILE,
         {
             **told,
+            ORIGIN: origin(),
             "protocol": PROTOCOL,
             "pytest_kld": __version__,
             "torch": str(torch.__version__),
             "environment": numeric_environment(os.environ),
             "head": asdict(description.head),
+            "routing": None if description.routing is None else asdict(description.routing),
         },
     )

@@ -6,7 +6,7 @@ a window is assembled by position, however it was batched, split or chunked.
 
 from __future__ import annotations
 
-import json
+import os
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -17,16 +17,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pytest_kld.hook.decoder import Decoder
+from pytest_kld.hook.experts import ExpertWatch
 from pytest_kld.hook.handshake import ServerDescription, write_handshake
 from pytest_kld.hook.protocol import (
-    REQUEST_FILE,
-    CaptureRequest,
-    error_file,
     head_file,
     parse_request_id,
     piece_file,
-    write_whole,
+    report_error,
 )
+from pytest_kld.hook.run import Run
 from pytest_kld.hook.writer import Piece, Writer, copy_to_host
 
 _REMEMBERED_RUNS = 64
@@ -48,6 +48,7 @@ class Segment:
         position: the first row's position in the request.
         token_ids: [rows] that the model ran, on any device; None if the rows are not positions of the text but were
             computed only to sample a token.
+        first_token: the place of the first row's token among all tokens of the pass; None if it is unknown.
 
     """
 
@@ -56,6 +57,7 @@ class Segment:
     rows: int
     position: int
     token_ids: Tensor | None
+    first_token: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,26 +67,13 @@ class PassDescription:
     Attributes:
         rank: this process's rank among those that compute the same rows; rank 0 writes them.
         segments: the rows of every request, ours or not, in order.
+        tokens: the number of tokens that the pass ran; None if it is unknown.
 
     """
 
     rank: int
     segments: Sequence[Segment]
-
-
-@dataclass(slots=True)
-class Run:
-    """One run as this process sees it."""
-
-    path: Path
-    request: CaptureRequest | None = None
-    greeted: bool = False
-
-    def read(self) -> CaptureRequest:
-        """Return the capture request that the other side wrote."""
-        if self.request is None:
-            self.request = CaptureRequest.from_json(json.loads((self.path / REQUEST_FILE).read_text()))
-        return self.request
+    tokens: int | None = None
 
 
 @dataclass(slots=True)
@@ -94,6 +83,8 @@ class Pass:
     runs: dict[str, Run]
     rank: int = 0
     segments: Sequence[Segment] = ()
+    tokens: int | None = None
+    experts: ExpertWatch | None = None
     rows_seen: int = 0
     logits_begun: bool = False
 
@@ -113,9 +104,10 @@ class Recorder:
     def __init__(self, directory: str) -> None:
         """Start no thread here, because engines fork: the writer's thread starts when the first rows arrive."""
         self.current: Pass | None = None
-        self._directory = Path(directory)
+        self.directory = Path(directory)
         self._runs: OrderedDict[str, Run] = OrderedDict()
         self._writer = Writer()
+        self.decoder = Decoder(self._run, self._writer)
 
     @contextmanager
     def forward_pass(self, request_ids: Sequence[object], describe: Callable[[], PassDescription]) -> Iterator[None]:
@@ -131,6 +123,38 @@ class Recorder:
             yield
         finally:
             self.current = previous
+
+    @contextmanager
+    def watching_experts(self, find: Callable[[], ExpertWatch | None]) -> Iterator[None]:
+        """Watch which experts a pass uses. Within `forward_pass`, around what runs the layers.
+
+        Args:
+            find: returns the watch of the model that runs; None for a dense model. Called if the pass is ours.
+
+        """
+        current = self.current
+        if current is not None:
+            with self._reporting(current):
+                current.experts = find()
+                if current.experts is not None:
+                    current.experts.attach()
+        try:
+            yield
+        finally:
+            if current is not None and current.experts is not None:
+                current.experts.detach()
+
+    def use_experts(self, find: Callable[[], ExpertWatch | None]) -> None:
+        """Take the experts of a pass whose layers ran before `forward_pass` began.
+
+        Args:
+            find: returns the watch that saw them; None if nothing did. Called if the pass is ours.
+
+        """
+        current = self.current
+        if current is not None:
+            with self._reporting(current):
+                current.experts = find()
 
     def begin_logits(self, describe: Describe) -> None:
         """Write the handshake, and the head if requested, for runs that are seen for the first time.
@@ -187,8 +211,11 @@ class Recorder:
         if not current.runs:
             return None
         with self._reporting(current):
+            current.runs = {name: run for name, run in current.runs.items() if run.read().prompt_size is None}
+            if not current.runs:  # they decode: see `Decoder`
+                return None
             described = describe()
-            current.rank, current.segments = described.rank, described.segments
+            current.rank, current.segments, current.tokens = described.rank, described.segments, described.tokens
             for run in current.runs.values():
                 run.read()
             return current
@@ -196,8 +223,8 @@ class Recorder:
 
     def _run(self, name: str) -> Run | None:
         """Find a run; a run whose directory is elsewhere or gone is not ours."""
-        if name not in self._runs and (self._directory / name).is_dir():
-            self._runs[name] = Run(self._directory / name)
+        if name not in self._runs and _is_there(self.directory / name):
+            self._runs[name] = Run(self.directory / name)
             while len(self._runs) > _REMEMBERED_RUNS:
                 self._runs.popitem(last=False)
         return self._runs.get(name)
@@ -219,7 +246,13 @@ class Recorder:
         if known is None or run is None or segment.token_ids is None:
             return
         request, offset, count = run.read(), start - segment.first_row, block.stop - block.start
-        position = segment.position + offset
+        position, reached = segment.position + offset, run.reached.get(known[1], 0)
+        if position > reached:
+            raise RuntimeError(
+                f"window {known[1]}: after {reached} positions the engine ran position {position}: it took those in "
+                "between from a prefix cache, or from another server, and their rows are lost"
+            )
+        run.reached[known[1]] = max(reached, position + count)
         rows = [row for row in request.rows if position <= row < position + count]
         if request.hidden:
             logits = logits_of(torch.tensor(rows, dtype=torch.int64, device=hidden.device) - position + block.start)
@@ -234,6 +267,8 @@ class Recorder:
         if request.hidden:
             tensors["hidden"] = copy_to_host(hidden[block])
             tensors["rows"] = copy_to_host(torch.tensor(rows, dtype=torch.int32))
+        if (routes := _routes(current, segment, offset, count)) is not None:
+            tensors["experts"] = copy_to_host(routes)
         self._writer.put(Piece(run.path / piece_file(known[1], position), tensors))
 
     @contextmanager
@@ -244,11 +279,20 @@ class Recorder:
         except Exception:
             self.current = None
             for run in current.runs.values():
-                _report(run.path / error_file(current.rank), traceback.format_exc())
+                report_error(run.path, current.rank, traceback.format_exc())
 
 
-def _report(path: Path, text: str) -> None:
+def _is_there(run: Path) -> bool:
+    """Tell whether a run's directory is there. One that this user may not enter is another user's."""
     try:
-        write_whole(path, text.encode())
-    except OSError:  # the run's directory is gone: nobody is waiting for it
-        return
+        return run.is_dir() and os.access(run, os.W_OK | os.X_OK)
+    except OSError:
+        return False
+
+
+def _routes(current: Pass, segment: Segment, offset: int, count: int) -> Tensor | None:
+    """Return the experts [count, layers, K] of a segment's rows from `offset` on, if the pass tells them."""
+    if current.experts is None or current.tokens is None or segment.first_token is None:
+        return None
+    first = segment.first_token + offset
+    return current.experts.routes(slice(first, first + count), current.tokens)

@@ -7,6 +7,7 @@ second pool slowed the model itself by 15 %.
 from __future__ import annotations
 
 import queue
+import stat
 import threading
 import traceback
 import uuid
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pytest_kld.hook.protocol import error_file, write_whole
+from pytest_kld.hook.protocol import ORIGIN, error_file, origin, write_whole
 
 _MAX_PENDING_BYTES = 4 << 30
 """Bytes that may wait to be written. Beyond this the scheduler waits for the disk, so memory stays bounded."""
@@ -58,7 +59,7 @@ class Piece:
     Attributes:
         path: the file's path.
         tensors: its tensors by name.
-        metadata: text entries for the file's header.
+        metadata: text entries for the file's header, beside its origin.
 
     """
 
@@ -79,7 +80,10 @@ class Piece:
                 copy.ready.synchronize()
             tensors[name] = copy.tensor.contiguous()
         temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.tmp")
-        save_file(tensors, temporary, metadata=self.metadata)
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)  # as the umask wants it: safetensors lets only the owner read
+        save_file(tensors, temporary, metadata={**self.metadata, ORIGIN: origin()})
+        temporary.chmod(mode)
         temporary.replace(self.path)
 
 

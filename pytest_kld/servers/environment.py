@@ -36,6 +36,12 @@ _LEFT_OUT = {
     "SGLANG_HOST_IP": "an address",
     "SGLANG_PORT": "an address",
     "SGLANG_RUN_ID": "SGLang sets a new one at each start",
+    "VLLM_DIST_IDENT": "vLLM sets a new one at each start",
+    "VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME": "vLLM sets a new one at each start",
+    "VLLM_HOST_IP": "an address",
+    "VLLM_PORT": "an address",
+    "VLLM_NO_USAGE_STATS": "what is told to vLLM's makers",
+    "VLLM_DO_NOT_TRACK": "what is told to vLLM's makers",
 }
 """Variables with these prefixes that cannot change a number, each with the reason. Doubtful ones are not listed."""
 

@@ -72,7 +72,11 @@ def lease_directory() -> Path:
 
 @contextmanager
 def lease(
-    count: int, gpus: tuple[str, ...], directory: Path, on_wait: Callable[[], None] = lambda: None
+    count: int,
+    gpus: tuple[str, ...],
+    directory: Path,
+    on_wait: Callable[[], None] = lambda: None,
+    while_waiting: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[str, ...]]:
     """Hold some GPUs while the context lasts.
 
@@ -83,6 +87,7 @@ def lease(
         gpus: which may be taken.
         directory: where the locks are; see `lease_directory`.
         on_wait: called once if others hold too many of them.
+        while_waiting: called before each further try; raises to give up.
 
     Yields:
         The names of the GPUs.
@@ -100,6 +105,7 @@ def lease(
     if held is None:
         on_wait()
     while held is None:
+        while_waiting()
         time.sleep(_SECONDS_BETWEEN_TRIES)
         held = _try(count, gpus, directory)
     try:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +19,12 @@ import requests
 
 from pytest_kld.errors import ServerError
 from pytest_kld.servers import supervisor
+from pytest_kld.servers.deadline import within
 
 _PORTS = range(20_000, 50_000)
 _SECONDS_BETWEEN_LOOKS = 0.5
 _HEALTH_TIMEOUT_SECONDS = 30
+_SECONDS_TO_NOTICE = 1.0
 _SECONDS_TO_KILL = 30
 """How long killing may take, after the time that a server has to end by itself."""
 _TAIL_LINES = 40
@@ -134,10 +137,21 @@ class Server:
         """Return the exit code, or None while it runs."""
         return self._supervisor.poll()
 
+    @property
+    def ending(self) -> str | None:
+        """How it ended, if it has or does in the next second: its connections close before its supervisor ends."""
+        with suppress(subprocess.TimeoutExpired):
+            self._supervisor.wait(timeout=_SECONDS_TO_NOTICE)
+        code = self.exit_code
+        if code is None:
+            return None
+        killed = ": it was killed, as the system does when memory runs out" if code == 128 + signal.SIGKILL else ""
+        return f"ended with exit code {code}{killed}"
+
     def require_alive(self) -> None:
         """Raise `ServerError` if it has ended."""
         if self.exit_code is not None:
-            raise self.failure(f"the server ended with exit code {self.exit_code}")
+            raise self.failure(f"the server {self.ending}")
 
     def failure(self, what: str) -> ServerError:
         """Return an error that says what happened, with the command, the end of the log and a hint."""
@@ -179,7 +193,7 @@ class Server:
         while not self._is_ready():
             waited = time.monotonic() - started
             if self.exit_code is not None:
-                raise self.failure(f"the server ended with exit code {self.exit_code} before it was ready")
+                raise self.failure(f"the server {self.ending} before it was ready")
             if waited > self.command.startup_timeout:
                 raise self.failure(f"the server was not ready after {self.command.startup_timeout:g} s")
             on_wait(waited)
@@ -189,8 +203,9 @@ class Server:
     def _is_ready(self) -> bool:
         try:
             url = f"{self.url}{self.command.health}"
-            return requests.get(url, timeout=_HEALTH_TIMEOUT_SECONDS).ok
-        except requests.RequestException:
+            timeout = min(_HEALTH_TIMEOUT_SECONDS, self.command.startup_timeout)
+            return within(timeout, lambda: requests.get(url, timeout=timeout).ok)
+        except (requests.RequestException, TimeoutError):
             return False
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pytest_kld.engines.served.kind import ServerKind
-    from pytest_kld.engines.served.pool import ServerPool
+    from pytest_kld.engines.served.pool import ServerHandle, ServerPool
     from pytest_kld.subjects.subject import Subject
 
 
@@ -48,7 +48,10 @@ class ServedEngine:
         settings = self.servers.settings
         dtype = self.kind.auto_dtype if settings.dtype == "auto" else settings.dtype
         facts = read_facts(subject.spec, dtype=dtype, trust_remote_code=settings.trust_remote_code)
-        self.kind.check_arguments(subject.arguments.get("args", ()), f"{self.kind.title}'s arguments")
+        arguments, source = subject.arguments.get("args", ()), f"{self.kind.title}'s arguments"
+        self.kind.check_arguments(arguments, source)
+        if subject.path == "decode":
+            self.kind.check_decoding(arguments, source)
         return facts
 
     def fingerprint(self, subject: Subject) -> dict[str, Any]:
@@ -70,30 +73,34 @@ class ServedEngine:
         }
 
     def _running(self, url: str, subject: Subject) -> dict[str, Any]:
-        """Return what a running server reports: its own arguments, and its GPU and environment from the hook."""
+        """Return what a running server and its hook report: versions, arguments, GPU and environment."""
         described = self.kind.describe(url, self.api_key)
         with self.open(subject) as served:
             told = served.handshake
-        return {**described, "devices": [told["device"]], "environment": told["environment"], "torch": told["torch"]}
+        arguments = {"arguments": told["arguments"], **described}
+        return {**arguments, "devices": [told["device"]], "environment": told["environment"], "torch": told["torch"]}
 
     @contextmanager
     def open(self, subject: Subject) -> Iterator[ServedModel]:
         """Use a server for the model; it keeps running until another needs its GPUs. See `Engine.open`."""
         if url := subject.arguments.get("url"):
-            server, base = None, url.rstrip("/")
-        else:
-            server = self.servers.get(subject.spec, subject.arguments.get("args", ()), subject.environment)
-            base = server.url
-        yield ServedModel.connect(
+            yield self._connect(subject, url.rstrip("/"), None)
+            return
+        arguments = subject.arguments.get("args", ())
+        with self.servers.using(subject.spec, arguments, subject.environment, run=subject.run) as server:
+            yield self._connect(subject, server.url, server)
+
+    def _connect(self, subject: Subject, url: str, server: ServerHandle | None) -> ServedModel:
+        return ServedModel.connect(
             self.kind,
-            base,
+            url,
             model=subject.spec,
-            pool=None if url else self.servers,
+            pool=None if server is None else self.servers,
             server=server,
             capture_dir=self.capture_dir,
-            api_key=self.api_key if url else None,
+            api_key=self.api_key if server is None else None,
         )
 
     def close(self) -> None:
-        """Shut every server down."""
+        """Shut down every server that is not in use."""
         self.servers.close()

@@ -7,9 +7,10 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from pytest_kld.hook.protocol import CAPTURE_DIR_VARIABLE, PROTOCOL
 from pytest_kld.servers.environment import numeric_environment
 from pytest_kld.servers.launchers import inherited, kill_command, with_environment
 from pytest_kld.servers.leases import lease, lease_directory, only_by_name, visibility, visible_gpus
+from pytest_kld.servers.quiet import at_work
 from pytest_kld.servers.server import Server, ServerCommand, free_port
 
 if TYPE_CHECKING:
@@ -74,6 +76,7 @@ class _Running:
     server: Server
     handle: ServerHandle
     leases: ExitStack
+    users: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,6 +91,9 @@ class ServerPool:
         startup_timeout: seconds a server may take to become ready.
         settings: the user's choices for all engines, passed on as flags.
         progress: receives notes about boots and waits.
+        cpu_servers: how many servers without GPUs may run at once.
+
+    Threads may use a pool together. A server that is in use is not shut down to make room.
 
     """
 
@@ -98,8 +104,17 @@ class ServerPool:
     startup_timeout: float
     settings: Settings
     progress: Progress
+    cpu_servers: int = 1
+    _ended: bool = False
+    _booting: list[int] = field(default_factory=list)
+    _changed: threading.Condition = field(default_factory=threading.Condition)
     _running: list[_Running] = field(default_factory=list)
     _installed: dict[tuple[tuple[str, str], ...], Installed] = field(default_factory=dict)
+
+    @property
+    def handles(self) -> list[ServerHandle]:
+        """The running servers, the oldest first."""
+        return [running.handle for running in self._running]
 
     def installed(self, environment: Mapping[str, str]) -> Installed:
         """Return what is installed where the engine runs with these variables; ask only once.
@@ -115,41 +130,91 @@ class ServerPool:
             self._installed[key] = _ask(self.kind, command, variables)
         return self._installed[key]
 
-    def complete(self, arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    def complete(
+        self, arguments: Sequence[str], environment: Mapping[str, str], *, capturing: bool = True
+    ) -> list[str]:
         """Return all flags of a server except those for its address and model.
 
         Args:
             arguments: the user's flags.
             environment: variables on top of this process's; they may decide which release runs.
+            capturing: whether the server is to capture; one that is only put under load has no flags of ours.
 
         Raises:
-            ServerError: a flag is refused, or the engine or the hook is not installed.
+            ServerError: a flag or the device is refused, or the engine or the hook is not installed.
 
         """
-        options = self.installed(environment).options
-        self.kind.check_arguments(arguments, f"{self.kind.title}'s arguments", options)
-        return self.kind.complete(arguments, self.settings, options)
+        installed = self.installed(environment)
+        self.kind.check_arguments(arguments, f"{self.kind.title}'s arguments", installed.options, capturing=capturing)
+        self.kind.check_device(self.settings, installed.versions, installed.devices)
+        return self.kind.complete(arguments, self.settings, installed.options, capturing=capturing)
 
-    def get(self, model: ModelSpec, arguments: Sequence[str], environment: Mapping[str, str]) -> ServerHandle:
-        """Return a server for a model: one that is already running, or a new one.
+    def get(
+        self,
+        model: ModelSpec,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        capturing: bool = True,
+        run: int = 1,
+    ) -> ServerHandle:
+        """Return a server for a model: one that is already running, or a new one. See `using`."""
+        with self.using(model, arguments, environment, capturing=capturing, run=run) as handle:
+            return handle
+
+    @contextmanager
+    def using(
+        self,
+        model: ModelSpec,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        capturing: bool = True,
+        run: int = 1,
+    ) -> Iterator[ServerHandle]:
+        """Use a server for a model: one that is already running, or a new one. It stays while the context lasts.
 
         Args:
             model: the pinned model.
             arguments: the engine's flags, apart from those that are set here.
             environment: variables on top of this process's.
+            capturing: whether the server is to capture; in one that is only put under load the hook stays idle.
+            run: which of the Subject's runs it is for; no server serves two.
+
+        Yields:
+            The server. Afterwards it keeps running until its place is needed.
 
         Raises:
             ServerError: the server does not boot.
 
         """
-        completed = self.complete(arguments, environment)
-        key = (model.source, model.revision, tuple(completed), tuple(sorted(environment.items())))
-        for running in self._running:
-            if running.key == key and running.server.exit_code is None:
-                return running.handle
-        running = self._boot(key, model, completed, environment)
-        self._running.append(running)
-        return running.handle
+        completed = self.complete(arguments, environment, capturing=capturing)
+        key = self._key(model, completed, environment, capturing, run)
+        with self._changed:
+            known = [one for one in self._running if one.key == key and one.server.exit_code is None]
+            if known:
+                known[0].users += 1
+        running = known[0] if known else self._boot(key, model, completed, environment, capturing)
+        try:
+            yield running.handle
+        finally:
+            with self._changed:
+                running.users -= 1
+                self._changed.notify_all()
+
+    def release(
+        self, model: ModelSpec, arguments: Sequence[str], environment: Mapping[str, str], *, run: int = 1
+    ) -> None:
+        """Shut down a model's capturing server if nobody uses it. See `using`."""
+        key = self._key(model, self.complete(arguments, environment), environment, True, run)
+        with self._changed:
+            for running in [one for one in self._running if one.key == key and not one.users]:
+                self._stop(running)
+
+    def _key(
+        self, model: ModelSpec, completed: Sequence[str], environment: Mapping[str, str], capturing: bool, run: int
+    ) -> tuple[object, ...]:
+        return (model.source, model.revision, tuple(completed), tuple(sorted(environment.items())), capturing, run)
 
     def variables(self, environment: Mapping[str, str]) -> dict[str, str]:
         """Return a server's variables on top of this process's: the user's, and ours if the user set none of them.
@@ -175,34 +240,71 @@ class ServerPool:
         """Return an error about a server, with the end of its log."""
         for running in self._running:
             if running.handle == handle:
-                code = running.server.exit_code
-                return running.server.failure(what if code is None else f"{what}; it ended with exit code {code}")
+                ending = running.server.ending
+                return running.server.failure(what if ending is None else f"{what}; it {ending}")
         return ServerError(f"{what}; the server {handle.url} was shut down")
 
-    def close(self) -> None:
-        """Shut down every server and release its GPUs."""
-        while self._running:
-            self._stop(self._running[0])
+    def tool(self, words: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
+        """Return the command and the complete environment of a program that runs where the engine runs.
+
+        Args:
+            words: what follows the interpreter.
+            environment: variables on top of this process's.
+
+        """
+        variables = {**os.environ, **self.variables(environment)}
+        command = with_environment(self.command, self.variables(environment), variables)
+        return [*command[: -len(self.kind.launch)], *words], variables
+
+    def others(self, handle: ServerHandle) -> list[str]:
+        """Return the models of our other running servers."""
+        return [running.handle.model for running in self._running if running.handle != handle]
+
+    def ended(self, handle: ServerHandle) -> bool:
+        """Tell whether a server of ours has ended."""
+        return any(running.handle == handle and running.server.exit_code is not None for running in self._running)
+
+    def close(self, *, in_use: bool = False) -> None:
+        """Shut down servers and release their GPUs.
+
+        Args:
+            in_use: whether to end also those that are in use or being booted, at the end of the session. What uses them
+                fails, and the pool boots no more.
+
+        """
+        self._ended = self._ended or in_use
+        with self._changed:
+            for running in list(self._running):
+                if in_use or not running.users:
+                    self._stop(running)
 
     def _boot(
-        self, key: tuple[object, ...], model: ModelSpec, arguments: Sequence[str], environment: Mapping[str, str]
+        self,
+        key: tuple[object, ...],
+        model: ModelSpec,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        capturing: bool,
     ) -> _Running:
         variables = {**os.environ, **self.variables(environment)}
         options = self.installed(environment).options
         needed, gpus = self.kind.gpus_needed(arguments, options), visible_gpus(variables)
         if not gpus:
             needed = 0
-        self._make_room(needed, len(gpus))
-        with ExitStack() as stack:
+        with self._room(needed, len(gpus)), ExitStack() as stack:
             held: tuple[str, ...] = ()
             if needed:
                 note = f"waiting for {needed} free GPUs"
-                held = stack.enter_context(lease(needed, gpus, lease_directory(), lambda: self.progress.note(note)))
+                held = stack.enter_context(
+                    lease(needed, gpus, lease_directory(), lambda: self.progress.note(note), self._require_open)
+                )
                 variables |= visibility(held)
-            self.capture_dir.mkdir(parents=True, exist_ok=True)
-            variables[CAPTURE_DIR_VARIABLE] = str(self.capture_dir)
+            self.capture_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            variables.pop(CAPTURE_DIR_VARIABLE, None)
+            if capturing:
+                variables[CAPTURE_DIR_VARIABLE] = str(self.capture_dir)
             port = free_port()
-            log = self._new_log(model)
+            log = self._new_log(model, port)
             forwarded = (*self.variables(environment), *visibility(held), CAPTURE_DIR_VARIABLE)
             cidfile, kill = log.with_suffix(".cid"), kill_command(self.command)
             launch = with_environment(self.command, forwarded, variables, cidfile)
@@ -218,33 +320,66 @@ class ServerPool:
             )
             self.progress.note(f"booting {self.kind.title} for {model.label}, log {command.log}")
             started = time.monotonic()
-            server = Server(command, self._say_waiting(model))
+            with at_work(lease_directory()):
+                server = Server(command, self._say_waiting(model))
             stack.callback(server.stop)
             self.progress.note(f"{self.kind.title} for {model.label} is ready after {time.monotonic() - started:.1f} s")
             handle = ServerHandle(url=server.url, model=model.label, log=server.log, pid=server.pid, gpus=held)
-            return _Running(key, server, handle, stack.pop_all())
+            with self._changed:
+                running = _Running(key, server, handle, stack.pop_all(), users=1)
+                self._running.append(running)
+            return running
 
-    def _make_room(self, needed: int, total: int) -> None:
-        """Shut down our servers, the oldest first, until enough GPUs are free; a CPU has room for one server."""
-        while self._running and (
-            needed == 0 or sum(len(running.handle.gpus) for running in self._running) + needed > total
-        ):
-            self._stop(self._running[0])
+    @contextmanager
+    def _room(self, needed: int, total: int) -> Iterator[None]:
+        """Shut down servers that nobody uses, the oldest first, until a new one has room; hold the room while it boots.
+
+        Wait for those that other threads use.
+
+        Args:
+            needed: how many GPUs it takes; 0 for a server on the CPU.
+            total: how many there are.
+
+        """
+        with self._changed:
+            while not self._has_room(needed, total) and (self._running or self._booting):
+                idle = [running for running in self._running if not running.users]
+                if idle:
+                    self._stop(idle[0])
+                else:
+                    self._changed.wait()
+            self._require_open()
+            self._booting.append(needed)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._booting.remove(needed)
+                self._changed.notify_all()
+
+    def _has_room(self, needed: int, total: int) -> bool:
+        taken = [*self._booting, *(len(running.handle.gpus) for running in self._running)]
+        return sum(taken) + needed <= total if needed else len(taken) < self.cpu_servers
 
     def _stop(self, running: _Running) -> None:
         self._running.remove(running)
         self.progress.note(f"shutting down {self.kind.title} for {running.handle.model}")
         running.leases.close()
+        self._changed.notify_all()
 
     def _say_waiting(self, model: ModelSpec) -> _Waiting:
-        return _Waiting(self.progress, f"{self.kind.title} for {model.label}")
+        return _Waiting(self.progress, f"{self.kind.title} for {model.label}", self._require_open)
 
-    def _new_log(self, model: ModelSpec) -> Path:
+    def _require_open(self) -> None:
+        if self._ended:
+            raise ServerError("the session ended while the server was being booted")
+
+    def _new_log(self, model: ModelSpec, port: int) -> Path:
         self.log_dir.mkdir(parents=True, exist_ok=True)
         for old in sorted(self.log_dir.glob("*.log"), key=lambda path: path.stat().st_mtime)[:-_KEPT_LOGS]:
             old.unlink(missing_ok=True)
         name = "".join(c if c.isalnum() or c in ".-" else "-" for c in model.name.rstrip("/").rsplit("/", 1)[-1])
-        return self.log_dir / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+        return self.log_dir / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{port}.log"
 
 
 @dataclass(slots=True)
@@ -253,9 +388,11 @@ class _Waiting:
 
     progress: Progress
     label: str
+    check: Callable[[], None]
     said: float = 0.0
 
     def __call__(self, waited: float) -> None:
+        self.check()
         if waited - self.said >= _SECONDS_BETWEEN_NOTES:
             self.said = waited
             self.progress.note(f"{self.label} is booting, {waited:.0f} s so far")
@@ -292,7 +429,7 @@ def _ask(kind: ServerKind, command: Sequence[str], variables: Mapping[str, str])
             f"pytest-kld {told['pytest_kld']} (protocol {told['protocol']}) is installed where {kind.title} runs, and "
             f"{__version__} (protocol {PROTOCOL}) here: install the same version on both sides."
         )
-    if kind.package not in told["versions"]:
+    if not any(package in told["versions"] for package in kind.packages):
         raise ServerError(
             f"`{command[0]}` has no {kind.title}. Install it there, name another with {kind.command_option}, or give "
             "--kld-engine=transformers."

@@ -5,10 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-import requests
-
-from pytest_kld.engines.served.kind import headers
-from pytest_kld.errors import ServerError
+from pytest_kld.engines.served.description import ask
 
 _LEFT_OUT = {
     "api_key": "a secret",
@@ -44,15 +41,7 @@ def server_description(url: str, api_key: str | None) -> dict[str, Any]:
         ServerError: the server does not answer.
 
     """
-    try:
-        answer = requests.get(f"{url.rstrip('/')}/get_server_info", headers=headers(api_key), timeout=60)
-        answer.raise_for_status()
-        told: dict[str, Any] = answer.json()
-    except (requests.RequestException, ValueError) as error:
-        raise ServerError(
-            f"the server {url} does not answer: {error}. See --kld-ref-url, --kld-candidate-url and, if it requires a "
-            "key, --kld-api-key-env."
-        ) from error
+    told = ask(url, "/get_server_info", api_key)
     version = told.pop("version", None)
     arguments = {name: _without(api_key, value) for name, value in sorted(told.items()) if name not in _LEFT_OUT}
     return {"versions": {"sglang": version}, "arguments": arguments}

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pytest_kld.engines.served.kind import Answer, Settings
-from pytest_kld.engines.sglang import arguments as flags
+from pytest_kld.engines.served.kind import Answer, Decoded, Settings
+from pytest_kld.engines.sglang.arguments import LAUNCH, ONE_WINDOW_A_BATCH, RULES, SPECULATION
 from pytest_kld.engines.sglang.hints import hint
+from pytest_kld.engines.sglang.load import LOAD_TOOL
+from pytest_kld.errors import ServerError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from pytest_kld.engines.served.kind import Options, ServerKind
+    from pytest_kld.engines.served.load import LoadTool
     from pytest_kld.subjects.model import ModelSpec
 
 _CHUNKS = {
@@ -32,8 +39,8 @@ class SGLang:
 
     name: str = "sglang"
     title: str = "SGLang"
-    package: str = "sglang"
-    launch: tuple[str, ...] = flags.LAUNCH
+    packages: tuple[str, ...] = ("sglang",)
+    launch: tuple[str, ...] = LAUNCH
     seams: str = "pytest_kld.hook.sglang"
     health: str = "/health"
     auto_dtype: str = "bfloat16"
@@ -42,24 +49,38 @@ class SGLang:
         "the GPUs are visible by UUID only (MIG, or a container that hides their numbers), so SGLang's custom "
         "all-reduce is off and other kernels are measured than on whole GPUs"
     )
+    not_finite: str = ""
+    load_tool: LoadTool = LOAD_TOOL
     hook_advice: str = (
         "SGLANG_PLUGINS, if set, must name pytest_kld. SGLang before 0.5.11 needs `pytest-kld patch --apply`"
     )
 
-    def check_arguments(self, arguments: Sequence[str], source: str, options: Options | None = None) -> None:
+    def check_arguments(
+        self, arguments: Sequence[str], source: str, options: Options | None = None, *, capturing: bool = True
+    ) -> None:
         """Refuse flags. See `ServerKind.check_arguments`."""
-        flags.check_arguments(arguments, source, options)
+        RULES.check(arguments, source, options, capturing=capturing)
 
-    def complete(self, arguments: Sequence[str], settings: Settings, options: Options | None = None) -> list[str]:
+    def check_device(self, settings: Settings, versions: Mapping[str, str], gpus: Sequence[str]) -> None:
+        """Refuse none: `--device` gives it. See `ServerKind.check_device`."""
+
+    def complete(
+        self,
+        arguments: Sequence[str],
+        settings: Settings,
+        options: Options | None = None,
+        *,
+        capturing: bool = True,
+    ) -> list[str]:
         """Add flags that are not given. See `ServerKind.complete`."""
         added = []
-        if not flags.has_flag(arguments, flags.ONE_WINDOW_A_BATCH, options):
-            added += [flags.ONE_WINDOW_A_BATCH, "1"]
-        if settings.dtype != "auto" and not flags.has_flag(arguments, "--dtype", options):
+        if capturing and not RULES.has(arguments, ONE_WINDOW_A_BATCH, options):
+            added += [ONE_WINDOW_A_BATCH, "1"]
+        if settings.dtype != "auto" and not RULES.has(arguments, "--dtype", options):
             added += ["--dtype", settings.dtype]
-        if settings.device == "cpu" and not flags.has_flag(arguments, "--device", options):
+        if settings.device == "cpu" and not RULES.has(arguments, "--device", options):
             added += ["--device", "cpu"]
-        if settings.trust_remote_code and not flags.has_flag(arguments, "--trust-remote-code", options):
+        if settings.trust_remote_code and not RULES.has(arguments, "--trust-remote-code", options):
             added += ["--trust-remote-code"]
         return [*arguments, *added]
 
@@ -70,11 +91,12 @@ class SGLang:
 
     def gpus_needed(self, arguments: Sequence[str], options: Options | None = None) -> int:
         """Multiply the parallel sizes. See `ServerKind.gpus_needed`."""
-        return flags.gpus_needed(arguments, options)
+        on_cpu = dict(RULES.in_full(arguments, options)).get("--device") == ("cpu",)
+        return 0 if on_cpu else RULES.product_of_sizes(arguments, options)
 
     def numeric_arguments(self, arguments: Sequence[str], options: Options | None = None) -> list[list[str]]:
         """Leave out what moves no logit. See `ServerKind.numeric_arguments`."""
-        return flags.numeric_arguments(arguments, options)
+        return RULES.numeric(arguments, options)
 
     def variables(self, environment: Mapping[str, str]) -> dict[str, str]:
         """Bound the memory of SGLang's own log-probs. See `ServerKind.variables`."""
@@ -82,7 +104,7 @@ class SGLang:
 
     def axis_flags(self, axes: Mapping[str, str]) -> list[str]:
         """Return the axes' flags. See `ServerKind.axis_flags`."""
-        return flags.axis_flags(axes)
+        return RULES.axis_flags(axes)
 
     def hint(self, log: str) -> str | None:
         """Return advice for a log. See `ServerKind.hint`."""
@@ -96,6 +118,7 @@ class SGLang:
             "sampling_params": {"max_new_tokens": 1, "temperature": 0},
             "return_logprob": True,
             "logprob_start_len": 0,
+            "return_routed_experts": True,  # of no effect without --enable-return-routed-experts
         }
         return "/generate", body
 
@@ -106,13 +129,58 @@ class SGLang:
             request_id=meta["id"],
             prompt_tokens=meta["prompt_tokens"],
             log_probs=[(value, token) for value, token, *_ in meta["input_token_logprobs"]],
+            experts=_experts(meta),
         )
+
+    def runs_one_at_a_time(self, told: Mapping[str, Any]) -> bool:  # noqa: ARG002
+        """Say yes: it is booted so. See `ServerKind.runs_one_at_a_time`."""
+        return True
+
+    def why_not_decoding(self, told: Mapping[str, Any], together: int) -> str | None:  # noqa: ARG002
+        """Refuse speculation. See `ServerKind.why_not_decoding`."""
+        if told.get("speculative_algorithm") is not None:
+            return f"it runs with --speculative-algorithm {told['speculative_algorithm']}, and {SPECULATION}"
+        return None
+
+    def check_decoding(self, arguments: Sequence[str], source: str, options: Options | None = None) -> None:
+        """Refuse speculation. See `ServerKind.check_decoding`."""
+        for name, _ in RULES.in_full(arguments, options):
+            if name.startswith("--speculative-"):
+                raise ServerError(f"{source}: {name} cannot be given when decoding is measured: {SPECULATION}.")
+
+    def decode_request(
+        self, request_ids: Sequence[str], prompts: Sequence[Sequence[int]], count: int
+    ) -> tuple[str, dict[str, Any]]:
+        """Write a request. See `ServerKind.decode_request`."""
+        body = {
+            "input_ids": [list(prompt) for prompt in prompts],
+            "rid": list(request_ids),
+            "extra_key": list(request_ids),  # what is cached of a prompt is not shared
+            "sampling_params": {"max_new_tokens": count, "temperature": 0, "ignore_eos": True},
+        }
+        return "/generate", body
+
+    def read_decoded(self, told: Any) -> list[Decoded]:
+        """Read an answer. See `ServerKind.read_decoded`."""
+        return [Decoded(request_id=one["meta_info"]["id"], token_ids=one["output_ids"]) for one in told]
 
     def describe(self, url: str, api_key: str | None) -> dict[str, Any]:
         """Ask a running server. See `ServerKind.describe`."""
         from pytest_kld.engines.sglang.description import server_description
 
         return server_description(url, api_key)
+
+
+def _experts(meta: Mapping[str, Any]) -> NDArray[np.int32] | None:
+    """Return the experts [tokens, layers · K] in an answer; None if the server runs without the flag.
+
+    They are int32 in base64, of every token that was run: those of the prompt if one token is sampled.
+    """
+    import numpy as np  # not needed to check options
+
+    if (told := meta.get("routed_experts")) is None:
+        return None
+    return np.frombuffer(b64decode(told, validate=True), dtype="<i4").reshape(meta["prompt_tokens"], -1)
 
 
 KIND: ServerKind = SGLang()
