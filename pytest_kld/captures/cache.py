@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _KEPT_SECONDS = 24 * 3600
 """Entries used within this time stay, even if the cache is too large: another session may be using them."""
+_CLOCK_SLACK_SECONDS = 60
+"""How far the clock of a file server may be ahead of ours."""
 _TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# A cache of pytest-kld. See https://bford.info/cachedir/\n"
 
 
@@ -54,7 +56,7 @@ class Cache:
         self.refreshed_since = refreshed_since
         self.quarantine = Quarantine(root / "quarantine")
         try:
-            root.mkdir(parents=True, exist_ok=True)
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
             tag = root / "CACHEDIR.TAG"
             probe = root / f".{uuid.uuid4().hex}.tmp"
             probe.write_text(_TAG)
@@ -83,8 +85,9 @@ class Cache:
             known = made.stat()
         except OSError:
             return False
-        there = stat.S_ISREG(known.st_mode)
-        if there and (self.refreshed_since is None or known.st_mtime >= self.refreshed_since):
+        # An entry from the future was made before a clock was set back, and not since this refresh began.
+        fresh, now = self.refreshed_since, time.time() + _CLOCK_SLACK_SECONDS
+        if stat.S_ISREG(known.st_mode) and (fresh is None or fresh <= known.st_mtime <= now):
             self.mark_used(made)
             return True
         return False
@@ -162,6 +165,37 @@ class Cache:
         except (FileNotFoundError, PermissionError):  # removed meanwhile, or another user's
             return
 
+    def entries(self) -> dict[Path, tuple[float, int]]:
+        """Return when each entry was last used, in seconds since the epoch, and how many bytes it takes.
+
+        A capture and its partial directory are one entry.
+        """
+        entries: dict[Path, tuple[float, int]] = {}
+        for path in [*self.root.glob("captures/*"), *self.root.glob("scores/*")]:
+            if path.suffix != ".lock":
+                entry = path.with_suffix("") if path.suffix == ".partial" else path
+                (used, taken), (last, more) = entries.get(entry, (0.0, 0)), use_and_bytes(path)
+                entries[entry] = max(used, last), taken + more
+        return entries
+
+    def remove(self, entry: Path, *, partial_only: bool = False) -> bool:
+        """Remove an entry and its partial directory, unless another process is making it; return whether it is gone.
+
+        Args:
+            entry: the entry's path.
+            partial_only: whether the entry itself stays.
+
+        Raises:
+            CacheError: the entry cannot be removed.
+
+        """
+        with suppress(Timeout), FileLock(_lock_file(entry)).acquire(timeout=0):
+            if not partial_only:
+                self.discard(entry)
+            self.discard(self.partial(entry))
+            return True
+        return False
+
     def shrink(self, size: int) -> tuple[int, int]:
         """Remove the least recently used entries until the others fit. Entries used in the last 24 hours stay.
 
@@ -177,20 +211,13 @@ class Cache:
             CacheError: an entry cannot be removed.
 
         """
-        entries: dict[Path, tuple[float, int]] = {}
-        for path in [*self.root.glob("captures/*"), *self.root.glob("scores/*")]:
-            if path.suffix != ".lock":
-                entry = path.with_suffix("") if path.suffix == ".partial" else path
-                (used, taken), (last, more) = entries.get(entry, (0.0, 0)), _use_and_bytes(path)
-                entries[entry] = max(used, last), taken + more
+        entries = self.entries()
         total, removed = sum(taken for _, taken in entries.values()), 0
         total += self.quarantine.shrink(size - total)
         for entry, (used, taken) in sorted(entries.items(), key=lambda item: item[1]):
             if total <= size or used > time.time() - _KEPT_SECONDS:
                 break
-            with suppress(Timeout), FileLock(_lock_file(entry)).acquire(timeout=0):
-                self.discard(entry)
-                self.discard(self.partial(entry))
+            if self.remove(entry):
                 total, removed = total - taken, removed + 1
         return removed, total
 
@@ -223,7 +250,7 @@ def _lock_file(entry: Path) -> Path:
     return entry.with_name(f"{entry.name}.lock")
 
 
-def _use_and_bytes(path: Path) -> tuple[float, int]:
+def use_and_bytes(path: Path) -> tuple[float, int]:
     """Return when a file, or any file in a directory, was last read or written, and the total size."""
     used, taken = 0.0, 0
     for file in path.rglob("*") if path.is_dir() else [path]:

@@ -5,6 +5,7 @@
     windows/00000.safetensors    token_ids [N], hidden [N, H], check_rows [K], check_logits [K, V]   (`hidden`)
                                  token_ids [N], logits [N, V]            (`logits`)
     0.safetensors                token_ids [N], log_probs [N, V] float32 (`logprobs`, the original layout)
+    experts.safetensors          of a model with experts, and `experts` in each window's file: see routes.py
 
 Directories of the original layout, which have no manifest, are read as well. If they have two files per window, from
 servers that saved their speculative head too, the even-numbered files are used.
@@ -24,7 +25,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pytest_kld.captures.manifest import HEAD_FILE, MANIFEST, manifest_of_original_layout, read_manifest
+from pytest_kld.captures.manifest import EXPERTS_FILE, HEAD_FILE, MANIFEST, manifest_of_original_layout, read_manifest
+from pytest_kld.captures.routes import EXPERTS
+from pytest_kld.captures.tensors import check_experts_file, check_head_file, check_window_file
 from pytest_kld.errors import CaptureError, DamagedCaptureError
 from pytest_kld.files import atomic_path, sha256_of_file, sha256_of_json
 from pytest_kld.kernel.head import Head, HeadCheck, HeadMode, check_head
@@ -46,7 +49,10 @@ _CHECKED_ELEMENTS = 1 << 22
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Write a safetensors file, completely or not at all, and return its entry for the manifest."""
     with atomic_path(path) as temporary:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)  # as the umask wants it: safetensors lets only the owner read
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        temporary.chmod(mode)
     return file_entry(path)
 
 
@@ -120,6 +126,17 @@ class Capture:
         return int(self.manifest["vocab_size"])
 
     @property
+    def decoding(self) -> dict[str, int] | None:
+        """Return how the windows were decoded, see `Decoding`; None if they were prefilled."""
+        decoding: dict[str, int] | None = (self.manifest["protocol"] or {}).get("decoding")
+        return decoding
+
+    @property
+    def first_position(self) -> int:
+        """Return the first position of each window that the capture covers; it covers all from there on."""
+        return 0 if self.decoding is None else self.decoding["prompt_size"]
+
+    @property
     def windows(self) -> int:
         """Return the number of windows."""
         return len(self.manifest["window_files"])
@@ -138,7 +155,8 @@ class Capture:
             return None
         with self._open_file(HEAD_FILE) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        return Head(weight=tensors["weight"], bias=tensors.get("bias"), **self.manifest["transforms"])
+        told = self.manifest["transforms"]
+        return Head(weight=tensors["weight"], bias=tensors.get("bias"), scale=told["scale"], softcap=told["softcap"])
 
     def token_ids(self, window: int) -> Tensor | None:
         """Return a window's token ids [N], or None if the file has none, as in the original layout."""
@@ -146,21 +164,55 @@ class Capture:
             return file.get_tensor("token_ids") if "token_ids" in file.keys() else None  # noqa: SIM118
 
     def rows(self, window: int, start: int, stop: int) -> Tensor:
-        """Read rows of a window: hidden states [n, H], logits or log-probs [n, V], as stored."""
+        """Read positions of a window: hidden states [n, H], logits or log-probs [n, V], as stored."""
+        first = self.first_position
         with self._open_window(window) as file:
-            rows: Tensor = file.get_slice(MATRIX[self.store])[start:stop]
+            rows: Tensor = file.get_slice(MATRIX[self.store])[start - first : stop - first]
             return rows
 
+    @property
+    def routing(self) -> dict[str, Any] | None:
+        """Return `layers`, `experts` and `unobserved`, see `Routing`; None for a dense model, or if it is unknown."""
+        routing: dict[str, Any] | None = self.manifest.get("routing")
+        return routing
+
+    @property
+    def routed(self) -> tuple[int, int] | None:
+        """Return the numbers of layers with experts and of experts in a layer; None if the capture has no routes."""
+        routing = self.routing
+        return None if routing is None or routing["unobserved"] else (len(routing["layers"]), routing["experts"])
+
+    def routes(self, window: int) -> Tensor:
+        """Return the experts [N, L, K] of a window's positions. `routed` tells whether the capture has them."""
+        with self._open_window(window) as file:
+            routes: Tensor = file.get_tensor(EXPERTS)
+        if routes.numel() and self.routed and not 0 <= int(routes.min()) <= int(routes.max()) < self.routed[1]:
+            raise self._damaged(f"window {window} of {self.path} has ids of experts that its model lacks.")
+        return routes
+
     def verify(self) -> None:
-        """Check every byte against the manifest's digests and the head against the check rows.
+        """Check every byte against the manifest's digests, every tensor's shape, and the head against the check rows.
 
         Raises:
-            DamagedCaptureError: a file is corrupt, which the message names, or the head is not the engine's.
+            DamagedCaptureError: a file is corrupt or holds other tensors than it should, which the message names, or
+                the head is not the engine's.
 
         """
         for name, entry in self.manifest["files"].items():
             if entry["sha256"] is not None and self._sha256(name) != entry["sha256"]:
                 raise self._damaged(f"{self.path / name} is corrupt: its SHA-256 differs from the manifest's.")
+        self.check_contents()
+        self.require_unchanged()
+
+    def check_contents(self) -> None:
+        """Check that every file holds the tensors that the manifest implies, and the head against the check rows.
+
+        Raises:
+            DamagedCaptureError: a file holds others, which the message names, or the head is not the engine's.
+
+        """
+        if self.manifest["protocol"] is not None:  # the original layout's shapes were checked when it was opened
+            self._check_tensors()
         if self.store == "hidden":
             check = self.check_head()
             if not check.faithful:
@@ -168,7 +220,27 @@ class Capture:
                     f"the capture {self.path} is invalid: logits recomputed from its hidden states differ from the "
                     f"engine's own by {check.worst:.3g} times what the engine's dtype explains."
                 )
-        self.require_unchanged()
+
+    def _check_tensors(self) -> None:
+        manifest = self.manifest
+        width = None
+        if self.store == "hidden":
+            with self._open_file(HEAD_FILE) as file, self._naming(HEAD_FILE):
+                width = check_head_file(file, manifest["vocab_size"])
+        if routed := self.routed:
+            with self._open_file(EXPERTS_FILE) as file, self._naming(EXPERTS_FILE):
+                check_experts_file(file, *routed)
+        for name in manifest["window_files"]:
+            with self._open_file(name) as file, self._naming(name):
+                shape = (manifest["protocol"]["window_size"], self.vocab_size)
+                check_window_file(file, manifest["store"], *shape, width, self.first_position, routed)
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise self._damaged(f"{self.path / name} is not what its manifest says: {error}.") from error
 
     def require_unchanged(self) -> None:
         """Check by the stamps that every file is still the one that was opened.
@@ -204,13 +276,29 @@ class Capture:
             rows = [file.get_slice("hidden")[row : row + 1] for row in file.get_tensor("check_rows").tolist()]
             return torch.cat(rows), file.get_tensor("check_logits")
 
+    def require_path(self, windows: Windows) -> None:
+        """Check that the capture was made as these windows are to be run: prefilled, or decoded in the same way.
+
+        Raises:
+            CaptureError: it was made in another way.
+
+        """
+        wanted = None if windows.decoding is None else windows.decoding.to_json()
+        if self.decoding != wanted:
+            raise CaptureError(
+                f"the capture {self.path} was made by {_how(self.decoding)}, but {_how(wanted)} is measured. Give the "
+                "--kld-path, --kld-prompt-size and --kld-concurrency with which it was made."
+            )
+
     def _check_windows(self, windows: Windows) -> None:
+        self.require_path(windows)
         recorded = self.manifest["protocol"]
         if recorded is None:
             self._check_shapes(windows.size)
             return
         if recorded["token_ids_sha256"] != windows.digest:
-            theirs = ", ".join(f"{name} {recorded[name]}" for name in ("dataset", "windows", "window_size", "stride"))
+            names = ("dataset", "windows", "windows_from", "window_size", "stride")
+            theirs = ", ".join(f"{name} {recorded[name]}" for name in names if recorded.get(name) is not None)
             raise CaptureError(
                 f"token ids differ: the capture {self.path} covers other windows ({theirs}, tokenizer "
                 f"{recorded['tokenizer']}) than this session's. Give the options with which it was made."
@@ -261,6 +349,13 @@ class Capture:
             raise self._damaged(f"cannot read {self.path / name}: {error}.") from error
 
 
+def _how(decoding: Mapping[str, int] | None) -> str:
+    """Describe the path through the engine."""
+    if decoding is None:
+        return "prefill"
+    return f"decoding (prompts of {decoding['prompt_size']:,} tokens, {decoding['concurrency']:,} sequences together)"
+
+
 def _stamp(path: Path) -> Stamp | None:
     """Return a regular file's stamp, or None if there is no such file."""
     try:
@@ -297,7 +392,7 @@ class LogitsReader:
         return cls(capture, head.to(device) if head is not None else None, mode, device)
 
     def logits(self, window: int, start: int, stop: int) -> Tensor:
-        """Return logits (or log-probs) [stop − start, V] on the device.
+        """Return logits (or log-probs) [stop − start, V] of consecutive positions on the device.
 
         Raises:
             CaptureError: the window has fewer rows or columns than it should.

@@ -119,7 +119,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     for line in text.splitlines():
         try:
             read = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(read, dict):
             lines.append(read)

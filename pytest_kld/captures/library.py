@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pytest_kld.captures.capture import Capture
 from pytest_kld.captures.journal import Journal
@@ -13,13 +13,16 @@ from pytest_kld.captures.manifest import MANIFEST, SCHEMA
 from pytest_kld.captures.recording import Recording, adopt_windows
 from pytest_kld.errors import CacheWarning, CaptureError, DamagedCaptureError
 from pytest_kld.files import sha256_of_json
+from pytest_kld.plain import LINES, plain
 from pytest_kld.subjects.model import is_capture
+from pytest_kld.subjects.subject import ENGINE
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from pytest_kld.captures.cache import Cache
     from pytest_kld.captures.capture import Stamp, Store
+    from pytest_kld.captures.shared import SharedCache
     from pytest_kld.engines import Engine
     from pytest_kld.progress import Progress
     from pytest_kld.subjects.model import ModelSpec
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
     from pytest_kld.text.windows import Windows
 
 T = TypeVar("T")
+
+Whereabouts = Literal["cached", "shared", "nowhere"]
+"""Where a capture is: in the cache, in the shared cache only, or nowhere."""
 
 _TRIES = 4
 """How many times work on captures is tried if captures turn out to be damaged or are replaced meanwhile."""
@@ -50,19 +56,23 @@ class CaptureLibrary:
     Attributes:
         cache: where captures are kept.
         engine: returns an engine by its name.
+        make_room: called with an engine's name before it loads a model.
         identify: returns what determines a pinned model's bits, as JSON.
         store: what captures keep.
         progress: receives messages about what is recorded, awaited and replaced.
         strict: whether a damaged entry of the cache is an error.
+        shared: a team's cache at a remote, or None.
 
     """
 
     cache: Cache
     engine: Callable[[str], Engine]
+    make_room: Callable[[str], None]
     identify: Callable[[ModelSpec], dict[str, Any]]
     store: Store
     progress: Progress
     strict: bool = False
+    shared: SharedCache | None = None
     _obtained: dict[Path, _Obtained] = field(default_factory=dict)
     _named: set[Path] = field(default_factory=set)
     _verified: dict[Path, Mapping[str, Stamp]] = field(default_factory=dict)
@@ -97,16 +107,26 @@ class CaptureLibrary:
         for covered in [*(more for more in reversed(rounds) if more.count > windows.count), windows]:
             key = self._key(subject, covered)
             entry = self.cache.capture_entry(key)
-            if covered is not windows and not self.cache.holds(entry / MANIFEST):
+            if covered is not windows and self.shared is None and not self.cache.holds(entry / MANIFEST):
                 continue
             with self.cache.lock(entry, lambda: self._say_waiting(subject)):
-                capture = self._take(entry, covered, key)
+                capture = self._find(entry, subject, covered, key)
+                if capture is not None and self._lacks_routes(capture, subject):
+                    capture = None
                 if capture is None and covered is windows:
-                    capture = self._record(entry, subject, windows, rounds, key, before)
+                    capture = self._make(entry, subject, windows, rounds, key, before)
             if capture is not None:
                 self._obtained[entry] = _Obtained(capture, subject, covered, rounds, key)
                 return capture
         raise AssertionError("the last entry is recorded if it is missing")
+
+    def whereabouts(self, subject: Subject, windows: Windows) -> Whereabouts:
+        """Tell where the capture of a pinned Subject is, without using it."""
+        entry = self.cache.capture_entry(self._key(subject, windows))
+        made, fresh = entry / MANIFEST, self.cache.refreshed_since
+        if made.is_file() and (fresh is None or made.stat().st_mtime >= fresh):
+            return "cached"
+        return "shared" if self.shared is not None and self.shared.offers(entry) else "nowhere"
 
     def current(self, capture: Capture) -> Capture:
         """Return the current state of a capture: it may have been recorded again since it was obtained."""
@@ -152,12 +172,44 @@ class CaptureLibrary:
             raise damage
         subject, windows, rounds, key = known.subject, known.windows, known.rounds, known.key
         with self.cache.lock(entry, lambda: self._say_waiting(subject)):
-            capture = self._take(entry, windows, key, thoroughly=True)
+            capture = self._find(entry, subject, windows, key, thoroughly=True)
             if capture is None:
-                capture = self._record(entry, subject, windows, rounds, key, lambda: None)
+                capture = self._make(entry, subject, windows, rounds, key, lambda: None)
             else:
                 self.progress.note(f"another process replaced the cache entry {entry}; continuing with the new one")
         self._obtained[entry] = _Obtained(capture, subject, windows, rounds, key)
+
+    def _find(
+        self, entry: Path, subject: Subject, windows: Windows, key: dict[str, Any], *, thoroughly: bool = False
+    ) -> Capture | None:
+        """Return the capture in the cache, or the one that the shared cache has."""
+        capture = self._take(entry, windows, key, thoroughly=thoroughly)
+        if self.shared is None:
+            return capture
+        if capture is None and self.shared.pull(self.cache, entry, subject.label):
+            return self._take(entry, windows, key, thoroughly=thoroughly)
+        if capture is not None:
+            self.shared.give(capture, lambda: self.verify(capture))
+        return capture
+
+    def _make(
+        self,
+        entry: Path,
+        subject: Subject,
+        windows: Windows,
+        rounds: Sequence[Windows],
+        key: dict[str, Any],
+        before: Callable[[], None],
+    ) -> Capture:
+        """Record a capture; with a shared cache, unless another session is doing so."""
+        if self.shared is None:
+            return self._record(entry, subject, windows, rounds, key, before)
+        with self.shared.turn(self.cache, entry, subject.label) as mine:
+            if not mine and (capture := self._take(entry, windows, key)) is not None:
+                return capture
+            capture = self._record(entry, subject, windows, rounds, key, before)
+            self.shared.give(capture, lambda: self.verify(capture))
+        return capture
 
     def _take(self, entry: Path, windows: Windows, key: dict[str, Any], *, thoroughly: bool = False) -> Capture | None:
         """Return the capture in the cache; None if it is missing, or if it was damaged and is now set aside."""
@@ -213,6 +265,7 @@ class CaptureLibrary:
                 except CaptureError as damage:  # it is set aside when it is itself requested
                     self.progress.note(f"{subject.label}: cannot continue a capture of fewer windows: {damage}")
         engine = self.engine(subject.engine)
+        self.make_room(subject.engine)
         recording = Recording(engine=engine, subject=subject, windows=windows, store=self.store, key=key)
         recording.run(self.cache, entry, self.progress)
         if self.identify(subject.spec) != key["model"]:
@@ -220,6 +273,12 @@ class CaptureLibrary:
             raise CaptureError(
                 f"the files of {subject.spec.label} changed while it was captured. The capture is removed; run again "
                 "when they are complete."
+            )
+        if engine.fingerprint(subject) != key["engine"]:
+            self.cache.discard(entry)
+            raise CaptureError(
+                f"the settings with which {subject.spec.label} runs changed while it was captured, as when its server "
+                "is restarted with other flags. The capture is removed; run again."
             )
         return Capture.open(entry, windows)
 
@@ -258,10 +317,19 @@ class CaptureLibrary:
             "model": self.identify(subject.spec),
             "engine": self.engine(subject.engine).fingerprint(subject),
             "path": subject.path,
-            "axes": dict(subject.axes),
+            "axes": {name: value for name, value in subject.axes.items() if name != ENGINE},  # its key says so
             "token_ids_sha256": windows.digest,
             "store": self.store,
+            **({} if subject.run == 1 else {"run": subject.run}),
+            **({} if windows.decoding is None else {"decoding": windows.decoding.to_json()}),
         }
+
+    def _lacks_routes(self, capture: Capture, subject: Subject) -> bool:
+        """Tell whether a capture is from a version that recorded no experts, and the model has some."""
+        if "routing" in capture.manifest or self.engine(subject.engine).facts(subject).experts is None:
+            return False
+        self.progress.note(f"{subject.label}: its capture has no routes to experts, so it is captured again")
+        return True
 
     def _say_waiting(self, subject: Subject) -> None:
         self.progress.note(f"waiting for another process, which is making the capture of {subject.label}")
@@ -272,7 +340,7 @@ def say_set_aside(entry: Path, taken: Path | None, what: str, progress: Progress
     where = "no longer exists" if taken is None else f"was moved to {taken}"
     text = f"the cache entry {entry} was damaged, {where} and is made again if it is needed. What was wrong: {what}"
     progress.note(text)
-    warnings.warn(text, CacheWarning, stacklevel=2)
+    warnings.warn(plain(text, keep=LINES), CacheWarning, stacklevel=2)
 
 
 def _open_entry(entry: Path, windows: Windows, key: dict[str, Any]) -> Capture:

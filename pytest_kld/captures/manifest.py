@@ -8,12 +8,13 @@ from typing import Any
 
 from pytest_kld.captures.shape import check_manifest
 from pytest_kld.errors import CaptureError, DamagedCaptureError
-from pytest_kld.files import sha256_of_json, write_json
+from pytest_kld.files import json_bytes, sha256_of_json, write_atomically
 
 SCHEMA = 1
 """Version of the capture format; it is part of the cache key."""
 MANIFEST = "capture.json"
 HEAD_FILE = "head.safetensors"
+EXPERTS_FILE = "experts.safetensors"
 
 
 def window_file(store: str, index: int) -> str:
@@ -23,7 +24,12 @@ def window_file(store: str, index: int) -> str:
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest of a finished capture, with a digest of itself."""
-    write_json(path / MANIFEST, {**manifest, "sha256": sha256_of_json(manifest)})
+    write_atomically(path / MANIFEST, manifest_bytes(manifest))
+
+
+def manifest_bytes(manifest: dict[str, Any]) -> bytes:
+    """Return the contents of `capture.json`: the manifest with a digest of itself."""
+    return json_bytes({**manifest, "sha256": sha256_of_json(manifest)})
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -35,10 +41,28 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
     """
     try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        text = (path / MANIFEST).read_bytes()
+    except OSError as error:
+        raise DamagedCaptureError(path, f"the manifest {path / MANIFEST} is corrupt ({error!r}).") from error
+    return parse_manifest(text, path)
+
+
+def parse_manifest(text: bytes, path: Path) -> dict[str, Any]:
+    """Check the text of a manifest.
+
+    Args:
+        text: the contents of `capture.json`.
+        path: the capture's directory, for messages.
+
+    Raises:
+        DamagedCaptureError: see `read_manifest`.
+
+    """
+    try:
+        manifest: dict[str, Any] = json.loads(text.decode())
         intact = manifest.pop("sha256") == sha256_of_json(manifest)
         usable = manifest["schema"] == SCHEMA and manifest["complete"] is True
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCaptureError(path, f"the manifest {path / MANIFEST} is corrupt ({error!r}).") from error
     if not intact:
         raise DamagedCaptureError(
@@ -49,7 +73,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             path, f"the capture {path} is incomplete, or its schema is {manifest['schema']} instead of {SCHEMA}."
         )
     try:
-        check_manifest(manifest, head_file=HEAD_FILE, window_file=window_file)
+        check_manifest(manifest, head_file=HEAD_FILE, experts_file=EXPERTS_FILE, window_file=window_file)
     except ValueError as error:
         raise DamagedCaptureError(path, f"the manifest {path / MANIFEST} is invalid: {error}.") from error
     return manifest

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +15,17 @@ from pytest_kld import __version__
 from pytest_kld.captures.cache import Cache, format_bytes
 from pytest_kld.captures.capture import MATRIX, Capture, write_tensors
 from pytest_kld.captures.journal import Journal, remove_others
-from pytest_kld.captures.manifest import HEAD_FILE, MANIFEST, SCHEMA, window_file, write_manifest
+from pytest_kld.captures.manifest import EXPERTS_FILE, HEAD_FILE, MANIFEST, SCHEMA, window_file, write_manifest
+from pytest_kld.captures.routes import EXPERTS, TOKENS, checked_routes, observed, route_bytes, total_tokens
+from pytest_kld.captures.timing import Timing
 from pytest_kld.errors import CacheError, CaptureError, ModelError
 from pytest_kld.files import atomic_path, sha256_of_file
 from pytest_kld.kernel.head import Head, HeadCheck, check_head
+from pytest_kld.servers.leases import lease_directory
+from pytest_kld.servers.quiet import at_work
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from pytest_kld.captures.capture import Store
@@ -65,7 +70,9 @@ class Recording:
         require_fits(facts, self.windows, self.subject.label)
         self._require_free(cache, entry, facts, "hidden" if self.store == "auto" else self.store, progress)
         progress.note(f"loading {self.subject.label}")
-        with self.engine.open(self.subject) as loaded:
+        started = time.monotonic()
+        with self.engine.open(self.subject) as loaded, at_work(lease_directory()):
+            ready = time.monotonic()
             head, store, reason = self._choose_store(loaded)
             if store != "hidden" and self.store == "auto":
                 progress.note(f"{self.subject.label}: keeping logits, because {reason}")
@@ -75,10 +82,17 @@ class Recording:
             def require_free(dtype: torch.dtype) -> None:
                 self._require_free(cache, entry, loaded.facts, store, progress, dtype)
 
+            kept = len(journal.names)
             files = self._write_windows(journal, loaded, store, progress, require_free)
+            run = max(1, self.windows.count - kept) * self.windows.rows
+            timing = Timing(loading=ready - started, running=time.monotonic() - ready, positions=run)
             if head is not None:
                 files[HEAD_FILE] = write_tensors(partial / HEAD_FILE, head.tensors())
-            manifest = self._manifest(loaded.facts, head, store, reason, files)
+            if routing := observed(loaded):
+                windows = [partial / window_file(store, index) for index in range(self.windows.count)]
+                tokens = total_tokens(windows, routing, self.windows.count * self.windows.rows, self.subject.label)
+                files[EXPERTS_FILE] = write_tensors(partial / EXPERTS_FILE, {TOKENS: tokens})
+            manifest = self._manifest(loaded, head, store, reason, files) | {"timing": timing.to_json()}
         if store == "hidden":
             check = Capture(path=partial, manifest=manifest).check_head()
             if not check.faithful:
@@ -96,14 +110,22 @@ class Recording:
 
     @property
     def check_rows(self) -> list[int]:
-        """The positions whose full logits are kept with the hidden states: the middle one and the last."""
-        return [self.windows.size // 2, self.windows.size - 1]
+        """The rows of a window's matrix whose full logits are kept with hidden states: the middle one and the last."""
+        return [self.windows.rows // 2, self.windows.rows - 1]
+
+    def _run(
+        self, loaded: LoadedModel, windows: Windows, indices: Sequence[int], rows: Sequence[int] | None
+    ) -> Iterator[Prefill]:
+        """Run windows on their path. `rows` are rows of the matrix."""
+        positions = None if rows is None else [windows.first_position + row for row in rows]
+        if windows.decoding is None:
+            return loaded.prefill(windows, indices, positions)
+        return loaded.decode(windows, indices, positions)
 
     def _choose_store(self, loaded: LoadedModel) -> tuple[Head | None, str, str]:
         if self.store in ("logits", "logprobs"):
             return None, self.store, "requested by the user"
-        probe = next(iter(loaded.prefill(self.windows, [0], self.check_rows)))
-        head, reason = self._prove(loaded, probe)
+        head, reason = self._prove(loaded)
         if head is not None:
             return head, "hidden", reason
         if self.store == "hidden":
@@ -112,10 +134,15 @@ class Recording:
             )
         return None, "logits", reason
 
-    def _prove(self, loaded: LoadedModel, probe: Prefill) -> tuple[Head | None, str]:
+    def _prove(self, loaded: LoadedModel) -> tuple[Head | None, str]:
+        """Find the head in the first window; when decoding, in its first two steps."""
+        windows, rows = self.windows, self.check_rows
+        if windows.decoding is not None:
+            windows, rows = replace(windows, token_ids=windows.token_ids[:, : windows.first_position + 2]), [0, 1]
+        probe = next(iter(self._run(loaded, windows, [0], rows)))
         if not loaded.heads:
             return None, "the model has no plain linear head"
-        if probe.hidden is None or probe.hidden.shape[0] != self.windows.size:
+        if probe.hidden is None or probe.hidden.shape[0] != windows.rows:
             return None, "the head's input was not recorded"
         vocab_size = loaded.facts.vocab_size
         logits = _trim(probe.logits, vocab_size, self.subject.label)
@@ -124,7 +151,7 @@ class Recording:
             if head.vocab_size < vocab_size or head.weight.shape[1] != probe.hidden.shape[1]:
                 continue
             trimmed = head.trim(vocab_size)
-            checks.append(check_head(trimmed, probe.hidden[self.check_rows], logits))
+            checks.append(check_head(trimmed, probe.hidden[rows], logits))
             if checks[-1].faithful:
                 return trimmed, "check rows agree with the head"
         if not checks:
@@ -154,7 +181,7 @@ class Recording:
         names = [window_file(store, index) for index in range(self.windows.count)]
         files: dict[str, dict[str, Any]] = {}
         for index, name in enumerate(names):
-            if self._is_of_window(partial / name, store, index) and (known := journal.intact(name)) is not None:
+            if self._is_of_window(partial / name, store, index, loaded) and (known := journal.intact(name)) is not None:
                 files[name] = known
         missing = [index for index, name in enumerate(names) if name not in files]
         if files:
@@ -166,12 +193,12 @@ class Recording:
             )
         rows = self.check_rows if store == "hidden" else None
         with progress.task(f"capture {self.subject.label}", len(names), len(files)) as task:
-            for prefill in loaded.prefill(self.windows, missing, rows):
+            for prefill in self._run(loaded, self.windows, missing, rows):
                 if prefill.logits.dtype.itemsize > announced.itemsize:
                     announced = prefill.logits.dtype
                     require_free(announced)
                 name = names[prefill.window]
-                tensors = self._tensors(prefill, store, loaded.facts.vocab_size)
+                tensors = self._tensors(prefill, store, loaded)
                 files[name] = write_tensors(partial / name, tensors)
                 journal.add(name, files[name])
                 task.advance()
@@ -179,9 +206,9 @@ class Recording:
             raise CaptureError(f"{self.subject.label}: the engine left out {len(left_out)} windows, e.g. {left_out[0]}")
         return files
 
-    def _tensors(self, prefill: Prefill, store: str, vocab_size: int) -> dict[str, Tensor]:
+    def _tensors(self, prefill: Prefill, store: str, loaded: LoadedModel) -> dict[str, Tensor]:
         tensors = {"token_ids": torch.from_numpy(self.windows.token_ids[prefill.window])}
-        logits = _trim(prefill.logits, vocab_size, self.subject.label)
+        logits = _trim(prefill.logits, loaded.facts.vocab_size, self.subject.label)
         if store == "hidden":
             hidden = prefill.hidden
             matrix = {"hidden": hidden, "check_logits": logits}
@@ -190,38 +217,51 @@ class Recording:
             matrix = {"logits": logits}
         else:
             matrix = {"log_probs": logits.float().log_softmax(-1)}
-        expected = len(self.check_rows) if store == "hidden" else self.windows.size
+        expected = len(self.check_rows) if store == "hidden" else self.windows.rows
         if len(logits) != expected:
             raise CaptureError(
                 f"{self.subject.label}, window {prefill.window}: the engine returned {len(logits)} rows instead of "
                 f"{expected}"
             )
-        if store == "hidden" and (prefill.hidden is None or len(prefill.hidden) != self.windows.size):
+        if store == "hidden" and (prefill.hidden is None or len(prefill.hidden) != self.windows.rows):
             raise CaptureError(f"{self.subject.label}, window {prefill.window}: hidden states are missing")
+        if routing := observed(loaded):
+            where = f"{self.subject.label}, window {prefill.window}"
+            if prefill.experts is None:
+                raise CaptureError(f"{where}: the engine did not tell the experts of its positions")
+            tensors[EXPERTS] = checked_routes(prefill.experts, routing, self.windows.rows, where)
         return {**tensors, **matrix}  # type: ignore[dict-item]
 
-    def _is_of_window(self, path: Path, store: str, index: int) -> bool:
+    def _is_of_window(self, path: Path, store: str, index: int, loaded: LoadedModel) -> bool:
         """Tell whether an interrupted session left this window in the required form. Reads no matrix."""
         try:
             with safe_open(path, framework="pt") as file:
                 ids = file.get_tensor("token_ids")
                 rows = file.get_slice(MATRIX[store]).get_shape()[0]
+                routed = EXPERTS in file.keys()  # noqa: SIM118 (not a dict)
         except (OSError, SafetensorError):
             return False
-        return rows == self.windows.size and torch.equal(ids, torch.from_numpy(self.windows.token_ids[index]))
+        if observed(loaded) and not routed:
+            return False
+        return rows == self.windows.rows and torch.equal(ids, torch.from_numpy(self.windows.token_ids[index]))
 
     def _manifest(
-        self, facts: ModelFacts, head: Head | None, store: str, reason: str, files: dict[str, dict[str, Any]]
+        self, loaded: LoadedModel, head: Head | None, store: str, reason: str, files: dict[str, dict[str, Any]]
     ) -> dict[str, Any]:
+        facts, routing = loaded.facts, loaded.routing
         return {
             "schema": SCHEMA,
             "complete": True,
             "pytest_kld": __version__,
             "key": self.key,
-            "model": self.subject.label,
+            "model": self.subject.variant,
             "subject": self.subject.to_json(),
             "facts": facts.to_json(),
+            "runtime": loaded.runtime,
+            "origin": loaded.origin,
+            "routing": None if routing is None else routing.to_json(),
             "protocol": self.windows.protocol(),
+            "starts": self.windows.starts.tolist(),
             "store": store,
             "store_reason": reason,
             "vocab_size": facts.vocab_size,
@@ -304,14 +344,14 @@ def capture_bytes(
     """
     itemsize: int = getattr(torch, facts.dtype).itemsize
     logits_itemsize = itemsize if logits_dtype is None else logits_dtype.itemsize
-    positions = windows.count * windows.size
+    positions = windows.count * windows.rows
     if store == "hidden":
         head = facts.vocab_size * facts.hidden_size * itemsize
         checks = windows.count * check_rows * facts.vocab_size * logits_itemsize
         matrix = head + checks + positions * facts.hidden_size * itemsize
     else:
         matrix = positions * facts.vocab_size * (4 if store == "logprobs" else logits_itemsize)
-    return matrix + positions * 4 + _NEEDED_SLACK_BYTES
+    return matrix + windows.token_ids.size * 4 + positions * route_bytes(facts) + _NEEDED_SLACK_BYTES
 
 
 def _trim(logits: Tensor, vocab_size: int, label: str) -> Tensor:

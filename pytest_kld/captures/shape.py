@@ -20,12 +20,15 @@ _GREATEST = 1e30
 _MOST = 2**62
 
 
-def check_manifest(manifest: Mapping[str, Any], *, head_file: str, window_file: Callable[[str, int], str]) -> None:
+def check_manifest(
+    manifest: Mapping[str, Any], *, head_file: str, experts_file: str, window_file: Callable[[str, int], str]
+) -> None:
     """Check a manifest of the current schema against its shape.
 
     Args:
         manifest: the contents of `capture.json`, without its own digest.
         head_file: the name of the head's file.
+        experts_file: the name of the file with the tokens of each expert.
         window_file: returns the name of a window's file, by store and index.
 
     Raises:
@@ -37,7 +40,10 @@ def check_manifest(manifest: Mapping[str, Any], *, head_file: str, window_file: 
     for index, name in enumerate(names):
         if name != (expected := window_file(store, index)):
             raise ValueError(f"window_files[{index}]: expected {expected!r}, got {_brief(name)}")
-    for name in (*names, *([head_file] if store == "hidden" else [])):
+    routing = manifest.get("routing")
+    _ROUTING(routing, "routing")
+    routed = routing is not None and routing["unobserved"] is None
+    for name in (*names, *([head_file] if store == "hidden" else []), *([experts_file] if routed else [])):
         if name not in files:
             raise ValueError(f"files: {name!r} is missing")
     for name in files:
@@ -45,6 +51,10 @@ def check_manifest(manifest: Mapping[str, Any], *, head_file: str, window_file: 
             raise ValueError(f"files: {_brief(name)} is not the name of a file in the capture's directory")
     if (manifest["transforms"] is None) == (store == "hidden"):
         raise ValueError(f"transforms: {'required' if store == 'hidden' else 'not allowed'} with the store {store}")
+    if (decoding := manifest["protocol"].get("decoding")) is not None:
+        _DECODING(decoding, "protocol.decoding")
+        size = manifest["protocol"]["window_size"]
+        _expect(decoding["prompt_size"] < size, "protocol.decoding.prompt_size", f"less than {size}", decoding)
     for field, wanted, got in (
         ("protocol.windows", len(names), manifest["protocol"]["windows"]),
         ("vocab_size", manifest["facts"]["vocab_size"], manifest["vocab_size"]),
@@ -107,9 +117,10 @@ def _or_null(check: Check) -> Check:
     return checked
 
 
-def _list(check: Check) -> Check:
+def _list(check: Check, *, empty: bool = False) -> Check:
     def checked(value: Any, where: str) -> None:
-        _expect(isinstance(value, list) and len(value) > 0, where, "a list that is not empty", value)
+        expected = "a list" + " that is not empty" * (not empty)
+        _expect(isinstance(value, list) and (empty or len(value) > 0), where, expected, value)
         for index, item in enumerate(value):
             check(item, f"{where}[{index}]")
 
@@ -137,6 +148,8 @@ def _fields(**checks: Check) -> Check:
     return checked
 
 
+_DECODING = _fields(prompt_size=_whole(1), concurrency=_whole(1))
+_ROUTING = _or_null(_fields(layers=_list(_whole(0), empty=True), experts=_whole(1), unobserved=_or_null(_text)))
 _MANIFEST = _fields(
     pytest_kld=_text,
     key=_mapping,
@@ -144,7 +157,7 @@ _MANIFEST = _fields(
     facts=_fields(
         model_class=_text,
         vocab_size=_whole(1),
-        hidden_size=_whole(1),
+        hidden_size=_or_null(_whole(1)),
         context_length=_or_null(_whole(1)),
         dtype=_text,
         quantization=_or_null(_text),

@@ -162,6 +162,11 @@ class ModelSpec:
                 found[f"code of {name}"] = _named(repository, None, f"{code.partition('.')[0]}.py")
         return found
 
+    @property
+    def has_own_code(self) -> bool:
+        """Whether loading its config or tokenizer in full would run code from its repository."""
+        return any("auto_map" in self._read_json(name) for name in ("config.json", "tokenizer_config.json"))
+
     def _read_json(self, name: str) -> dict[str, Any]:
         """Return a JSON file of the model; empty if it is missing or damaged, which the loader will report."""
         try:
@@ -180,6 +185,13 @@ class ModelSpec:
         except (OSError, ValueError, RecursionError):  # the hub's errors are OSErrors
             return {}
         return value if isinstance(value, dict) else {}
+
+
+def advice(error: Exception) -> str:
+    """Return what to do about an error of transformers that names its argument and not our option; else nothing."""
+    if "trust_remote_code" in str(error):
+        return " To let that code run, give --kld-trust-remote-code."
+    return ""
 
 
 def is_capture(path: Path | None) -> bool:

@@ -10,10 +10,14 @@ from typing import Any, Literal
 from pytest_kld.plain import secret_digest
 from pytest_kld.subjects.model import ModelSpec
 
-EnginePath = Literal["prefill"]
-"""The path through an engine that is measured."""
+EnginePath = Literal["prefill", "decode"]
+"""The path through an engine that is measured: all tokens at once, or one token a step after a prompt."""
 MOE_BACKEND = "moe backend"
 """The axis that `--kld-moe-backend` and the fixture `kld_moe_backend` set."""
+PREFILL_CHUNK = "prefill chunk"
+"""The axis of a suite for the tokens that are prefilled at a time: later chunks read the KV cache."""
+ENGINE = "engine"
+"""The axis that `--kld-candidate-engine` sets."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,13 +27,16 @@ class Subject:
     Attributes:
         name: its name in reports, without its axes; usually the model as the user named it.
         model: the model; None if a fixture of the user's project makes the capture.
-        engine: `sglang`, `transformers`, …; empty if `model` is a capture or None.
+        engine: `sglang`, `vllm`, `transformers`, …; empty if `model` is a capture or None.
         arguments: the engine's own arguments: keyword arguments of `from_pretrained` (`transformers`), or the flags
             `args` of a server or the `url` of a running one (served engines).
         environment: environment variables of its server, in addition to the inherited ones.
         path: the path through the engine.
         axes: the values that distinguish Subjects of one model, by name, in order: `{"moe backend": "triton"}`.
+        run: 1, or 2 for a Subject that is run once more, by a server or a load of its own; see `gate.floor`.
         limits: its own bounds, by limit; they override the command line and the ini file.
+        speed: what holds for its speed alone: further flags of the server that is put under load (`args`), and bounds
+            as the options take them (`min_output_tps`, …); they override the command line and the ini file.
         tags: words by which it can be selected.
 
     """
@@ -41,13 +48,21 @@ class Subject:
     environment: Mapping[str, str] = field(default_factory=dict)
     path: EnginePath = "prefill"
     axes: Mapping[str, str] = field(default_factory=dict)
+    run: int = 1
     limits: Mapping[str, float] = field(default_factory=dict)
+    speed: Mapping[str, str] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
-        """Return the name with the values of the axes, for reports and messages."""
-        return f"{self.name} ({', '.join(self.axes.values())})" if self.axes else self.name
+        """Return the name with the values of the axes, and the path unless it is prefill, for reports and messages."""
+        return self.variant if self.path == "prefill" else f"{self.variant} ({self.path})"
+
+    @property
+    def variant(self) -> str:
+        """Return the name with the values of the axes, and the run unless it is the first."""
+        words = [*self.axes.values(), *([] if self.run == 1 else [f"run {self.run}"])]
+        return f"{self.name} ({', '.join(words)})" if words else self.name
 
     @property
     def id(self) -> str:
@@ -74,7 +89,9 @@ class Subject:
             "environment": {name: secret_digest(name, value) for name, value in sorted(self.environment.items())},
             "path": self.path,
             "axes": dict(self.axes),
+            "run": self.run,
             "limits": dict(self.limits),
+            "speed": dict(self.speed),
             "tags": list(self.tags),
         }
 

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pytest_kld.errors import CorpusError, ModelError
+from pytest_kld.subjects.model import advice
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
     from pytest_kld.subjects.model import ModelSpec
     from pytest_kld.text.corpus import Corpus, Render
 
+WindowsFrom = Literal["start", "spread"]
+"""Which part of a text the windows are from; see `cut_windows`."""
 MIN_WINDOW_SIZE = 2
 """A window needs one token to condition on and one to predict."""
 _TODAY = {"d": "26", "m": "07", "b": "Jul", "B": "July", "Y": "2024", "y": "24", "A": "Friday", "a": "Fri"}
@@ -39,19 +42,48 @@ _TOKENIZER_FILE = re.compile(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Decoding:
+    """How windows are decoded: a prompt is prefilled, and the rest of the window is forced, one token a step.
+
+    Attributes:
+        prompt_size: tokens of each window that are prefilled. The positions from here on are measured: their logits
+            come from a decode step. The prompt's last position, which predicts the first forced token, is not one of
+            them, because a prefill computes it.
+        concurrency: sequences that are decoded together; kernels depend on it.
+
+    """
+
+    prompt_size: int
+    concurrency: int
+
+    def batches(self, indices: Sequence[int]) -> Iterator[list[int]]:
+        """Yield the windows that are decoded together; the last batch is filled up with windows that it has already."""
+        for start in range(0, len(indices), self.concurrency):
+            batch = indices[start : start + self.concurrency]
+            yield [batch[place % len(batch)] for place in range(self.concurrency)]
+
+    def to_json(self) -> dict[str, int]:
+        """Return plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Windows:
     """Sliding windows over the tokens of one dataset, or of several datasets in turn.
 
     Attributes:
         token_ids: [windows, positions], int32. Position i of a window predicts its token i + 1.
         starts: [windows], where each window begins in the tokenized text of its dataset.
-        stride: distance between two starts, in tokens.
+        stride: distance between two starts, in tokens; between any two if the windows are spread, a multiple of it.
         dataset: the name of the text; for several, their names separated by commas.
         text_sha256: the digest of the text; for several, the digest of their digests.
         tokenizer: the label of the model whose tokenizer was used.
         bos: the id that replaces each window's first token if the tokenizer puts one before a text (as llama.cpp's
             perplexity does); None if it does not.
         parts: the windows of each dataset if there are several.
+        taken_from: which part of each text the windows are from; None if a project gives windows of its own.
+        text_tokens: the number of tokens of the text; None if it is unknown, or if there are several datasets.
+        decoding: how they are decoded; None if they are prefilled whole.
 
     """
 
@@ -63,6 +95,9 @@ class Windows:
     tokenizer: str
     bos: int | None
     parts: tuple[Windows, ...] = ()
+    taken_from: WindowsFrom | None = None
+    text_tokens: int | None = None
+    decoding: Decoding | None = None
 
     @property
     def count(self) -> int:
@@ -71,8 +106,18 @@ class Windows:
 
     @property
     def size(self) -> int:
-        """Return the number of positions in a window."""
+        """Return the number of tokens in a window."""
         return int(self.token_ids.shape[1])
+
+    @property
+    def first_position(self) -> int:
+        """Return the first position of each window that is measured."""
+        return 0 if self.decoding is None else self.decoding.prompt_size
+
+    @property
+    def rows(self) -> int:
+        """Return the number of positions of each window that are measured: those from `first_position` on."""
+        return self.size - self.first_position
 
     @property
     def digest(self) -> str:
@@ -81,15 +126,44 @@ class Windows:
         return hashlib.sha256(f"{ids.shape}".encode() + ids.tobytes()).hexdigest()
 
     def first(self, count: int) -> Windows:
-        """Return the first `count` windows."""
+        """Return the first `count` windows; of windows that are spread over a text, these are spread over it too."""
         return replace(self, token_ids=self.token_ids[:count], starts=self.starts[:count])
+
+    def decoded(self, prompt_size: int | None, concurrency: int) -> Windows:
+        """Return the windows, to be decoded instead of prefilled.
+
+        Args:
+            prompt_size: tokens that are prefilled; None means a quarter of the window.
+            concurrency: sequences that are decoded together.
+
+        Raises:
+            CorpusError: the prompt leaves no continuation in which a token is predicted.
+
+        """
+        prompt = max(1, self.size // 4) if prompt_size is None else prompt_size
+        if prompt > self.size - 2:
+            raise CorpusError(
+                f"--kld-prompt-size: a prompt of {prompt:,} tokens leaves no decode step that predicts a token in "
+                f"windows of {self.size:,} tokens; give at most {max(0, self.size - 2):,}"
+                + (", or longer windows (--kld-window-size)" if self.size < 3 else "")
+            )
+        return replace(self, decoding=Decoding(prompt_size=prompt, concurrency=concurrency))
+
+    def prefilled(self) -> Windows:
+        """Return the windows, to be prefilled whole."""
+        return replace(self, decoding=None)
 
     def protocol(self) -> dict[str, Any]:
         """Return how the windows were made, as JSON for manifests and reports."""
         return {
             "dataset": self.dataset,
             "datasets": [
-                {"dataset": part.dataset, "text_sha256": part.text_sha256, "windows": part.count}
+                {
+                    "dataset": part.dataset,
+                    "text_sha256": part.text_sha256,
+                    "windows": part.count,
+                    "text_tokens": part.text_tokens,
+                }
                 for part in self.parts or (self,)
             ],
             "text_sha256": self.text_sha256,
@@ -97,8 +171,10 @@ class Windows:
             "windows": self.count,
             "window_size": self.size,
             "stride": self.stride,
+            "windows_from": self.taken_from,
             "bos": self.bos,
             "token_ids_sha256": self.digest,
+            "decoding": None if self.decoding is None else self.decoding.to_json(),
         }
 
 
@@ -151,7 +227,8 @@ def _load_tokenizer(model: ModelSpec, trust_remote_code: bool) -> PreTrainedToke
         )
         usable = len(tokenizer("a b c", add_special_tokens=False)["input_ids"]) > 0
     except Exception as error:  # faulty files can make a tokenizer raise anything
-        raise ModelError(str(error).strip().rstrip(".") or type(error).__name__) from error
+        why = str(error).strip() or type(error).__name__
+        raise ModelError(f"{why}{advice(error)}".rstrip(".")) from error
     if not usable:  # transformers creates an empty tokenizer if files are missing
         raise ModelError("it has no vocabulary")
     return tokenizer
@@ -196,8 +273,13 @@ def cut_windows(
     size: int,
     stride: int,
     label: str,
+    taken_from: WindowsFrom = "start",
 ) -> Windows:
-    """Tokenize a text and cut sliding windows from its start.
+    """Tokenize a text and cut windows from it.
+
+    Windows begin at multiples of the stride. `start` takes the first `count` of them, so the windows slide over the
+    beginning of the text. `spread` takes `count` of them that are spread evenly over the whole text, in an order in
+    which each window lies in the middle of a gap between earlier ones.
 
     Args:
         corpus: the text.
@@ -206,6 +288,7 @@ def cut_windows(
         size: tokens in a window.
         stride: tokens between two starts.
         label: the tokenizer's name for the protocol.
+        taken_from: which part of the text the windows are from.
 
     Raises:
         CorpusError: the text gives fewer windows than requested, or a window is too short to score.
@@ -226,7 +309,8 @@ def cut_windows(
             "windows (--kld-windows, or --kld-windows=max for all that fit), or smaller ones (--kld-window-size, "
             "--kld-stride)."
         )
-    starts = np.arange(wanted, dtype=np.int64) * stride
+    chosen = np.arange(wanted, dtype=np.int64) if taken_from == "start" else _spread(wanted, available)
+    starts = chosen * stride
     token_ids = np.asarray(ids, dtype=np.int32)[starts[:, None] + np.arange(size)]
     bos = _leading_bos(tokenizer)
     if bos is not None:
@@ -239,7 +323,20 @@ def cut_windows(
         text_sha256=corpus.sha256,
         tokenizer=label,
         bos=bos,
+        taken_from=taken_from,
+        text_tokens=len(ids),
     )
+
+
+def _spread(count: int, available: int) -> NDArray[np.int64]:
+    """Return `count` of the numbers below `available`, spread evenly, in the order of van der Corput (1935).
+
+    The k-th number is in the middle of the k-th of `count` equal stretches. Bits of k are read backwards to order them,
+    so the first numbers are spread evenly too: of 100, the first 7 are every 16th, and the next 6 bisect their gaps.
+    """
+    bits = (count - 1).bit_length()
+    order = sorted(range(count), key=lambda k: f"{k:0{bits}b}"[::-1])
+    return (2 * np.array(order, dtype=np.int64) + 1) * available // (2 * count)
 
 
 def join_windows(parts: Sequence[Windows]) -> Windows:
@@ -256,6 +353,7 @@ def join_windows(parts: Sequence[Windows]) -> Windows:
         dataset=", ".join(part.dataset for part in parts),
         text_sha256=hashlib.sha256("".join(part.text_sha256 for part in parts).encode()).hexdigest(),
         parts=tuple(parts),
+        text_tokens=None,
     )
 
 
