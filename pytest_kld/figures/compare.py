@@ -13,6 +13,7 @@ from pytest_kld import __version__
 from pytest_kld.captures.capture import LogitsReader
 from pytest_kld.errors import CaptureError
 from pytest_kld.figures.evidence import gather_evidence
+from pytest_kld.figures.experts import routes_evidence
 from pytest_kld.figures.scores import COLUMNS, EXTENDED_COLUMNS, SCHEMA, Scores
 from pytest_kld.kernel.device import release_memory
 from pytest_kld.kernel.divergence import Divergence, divergence
@@ -73,8 +74,10 @@ def compare(
                 _require_same_ids(window, windows, reference, candidate)
                 _score_window(window, windows, readers, reduction, columns)
                 task.advance()
-        scores = Scores(columns=columns, about=_about(reference, candidate, windows, head, device, kernel, vocab_size))
-        return replace(scores, evidence=gather_evidence(scores, readers, windows.starts))
+        about = _about(reference, candidate, windows, head, device, kernel, vocab_size)
+        routes = routes_evidence(reference, candidate, windows)
+        scores = Scores(columns=columns, about=about, evidence={"starts": windows.starts, **routes})
+        return replace(scores, evidence=gather_evidence(scores, readers))
     except BaseException as error:
         clear_frames(error.__traceback__)  # a stored error would otherwise keep the heads and blocks of logits alive
         raise
@@ -85,11 +88,11 @@ def compare(
 
 def _columns(windows: Windows, extended: bool, known: Scores | None) -> tuple[dict[str, NDArray[Any]], int]:
     """Return the table's columns, and the number of windows already filled in from known scores."""
-    shape, done = (windows.count, windows.size), 0
+    shape, done = (windows.count, windows.rows), 0
     columns = {name: np.empty(shape, dtype) for name, dtype in COLUMNS.items()}
     if extended:
         columns |= {name: np.empty(shape, np.float64) for name in EXTENDED_COLUMNS}
-    columns["token_ids"][:] = windows.token_ids
+    columns["token_ids"][:] = windows.token_ids[:, windows.first_position :]
     if known is not None and known.columns.keys() >= columns.keys():
         done = len(known.columns["flags"])
         for name, column in columns.items():
@@ -106,13 +109,14 @@ def _score_window(
 ) -> None:
     labels = torch.from_numpy(np.append(windows.token_ids[window, 1:], -1))
     rows = max(1, _BLOCK_ELEMENTS // max(reader.capture.vocab_size for reader in readers))
-    for start in range(0, windows.size, rows):
+    first = windows.first_position
+    for start in range(first, windows.size, rows):
         stop = min(start + rows, windows.size)
         logits_r, logits_c = (reader.logits(window, start, stop) for reader in readers)
         block_labels = labels[start:stop].to(logits_r.device)
-        _keep(divergence(logits_r, logits_c, block_labels, reduction=reduction), columns, window, start)
+        _keep(divergence(logits_r, logits_c, block_labels, reduction=reduction), columns, window, start - first)
         if EXTENDED_COLUMNS[0] in columns:
-            _keep(extended_divergence(logits_r, logits_c), columns, window, start)
+            _keep(extended_divergence(logits_r, logits_c), columns, window, start - first)
 
 
 def _keep(figures: Divergence | Extended, columns: dict[str, NDArray[Any]], window: int, start: int) -> None:
@@ -132,6 +136,7 @@ def scores_key(reference: Capture, candidate: Capture, windows: Windows, head: H
         "captures": [reference.manifest["key"], candidate.manifest["key"]],
         "token_ids_sha256": windows.digest,
         "head": head,
+        **({} if windows.decoding is None else {"decoding": windows.decoding.to_json()}),
     }
 
 
@@ -139,7 +144,7 @@ def _pick_reduction(
     windows: Windows, reference: Capture, candidate: Capture, device: torch.device
 ) -> tuple[Reduction, str]:
     widths = reference.vocab_size, candidate.vocab_size
-    if device.type != "cpu" or windows.count * windows.size * min(widths) < _WORTH_COMPILING:
+    if device.type != "cpu" or windows.count * windows.rows * min(widths) < _WORTH_COMPILING:
         return eager_reduction, "eager"
     try:
         reduction = compiled_reduction()
@@ -164,6 +169,11 @@ def _require_labels(vocab_size: int, windows: Windows, reference: Capture, candi
 
 def _require_same_ids(window: int, windows: Windows, *captures: Capture) -> None:
     for capture in captures:
+        if capture.first_position > windows.first_position:
+            raise CaptureError(
+                f"the capture {capture.path} begins at position {capture.first_position:,} of each window, and the "
+                f"comparison at {windows.first_position:,}: one was decoded and the other was not"
+            )
         ids = capture.token_ids(window)
         if ids is not None and not np.array_equal(ids.numpy(), windows.token_ids[window]):
             raise CaptureError(f"token ids differ: window {window} of {capture.path} has other ids than this session's")
@@ -180,7 +190,7 @@ def _about(
 ) -> dict[str, Any]:
     sides = {"reference": reference, "candidate": candidate}
     return {
-        **{side: _side(capture) for side, capture in sides.items()},
+        **{side: describe_capture(capture) for side, capture in sides.items()},
         "protocol": windows.protocol(),
         "skip_first": 0,
         "head": head,
@@ -188,10 +198,12 @@ def _about(
         "kernel": kernel,
         "device": str(device),
         "versions": {"pytest-kld": __version__, "torch": str(torch.__version__)},
+        "scores": None,
     }
 
 
-def _side(capture: Capture) -> dict[str, Any]:
-    described = ("model", "facts", "key", "store", "store_reason", "vocab_size", "transforms", "checks")
-    described_side = {name: capture.manifest.get(name) for name in described}
+def describe_capture(capture: Capture) -> dict[str, Any]:
+    """Return what scores say of a capture, as JSON."""
+    described = ("model", "facts", "runtime", "routing", "key", "store", "store_reason", "vocab_size", "transforms")
+    described_side = {name: capture.manifest.get(name) for name in (*described, "checks")}
     return {"digest": capture.digest, **described_side, "vocab_size": capture.vocab_size}

@@ -37,19 +37,17 @@ _FLOOR = -60.0
 """Smaller log-probabilities, including −∞, are raised to this: their weight is negligible."""
 
 
-def gather_evidence(
-    scores: Scores, readers: Sequence[LogitsReader], starts: NDArray[np.int64]
-) -> dict[str, NDArray[Any]]:
+def gather_evidence(scores: Scores, readers: Sequence[LogitsReader]) -> dict[str, NDArray[Any]]:
     """Collect evidence from a pair's worst rows and from a sample of its rows.
 
     Args:
-        scores: the finished table.
+        scores: the finished table, with `starts` [windows], where each window begins in its text, as evidence.
         readers: the readers of the reference and of the candidate, in this order.
-        starts: [windows], where each window begins in its text.
 
     Returns:
-        `starts`; `worst` [K, 2] windows and positions; `reference_top_ids`, `reference_top_p`, `candidate_top_ids`,
-        `candidate_top_p` [K, 5]; for S sampled rows `sampled` [S, 2], `slope` [S], `kl` [S] and `tempered_kl` [S];
+        What the table has already; `worst` [K, 2] windows and columns; `reference_top_ids`, `reference_top_p`,
+        `candidate_top_ids`, `candidate_top_p` [K, 5]; for S sampled rows `sampled` [S, 2], `slope` [S], `kl` [S] and
+        `tempered_kl` [S];
         for M tokens `vocabulary_ids`, `contribution`, `shift` and `shift_deviation` [M]; `shift_scale` [1]. `_Sample`
         defines the figures of rows and vocabulary.
 
@@ -57,14 +55,14 @@ def gather_evidence(
     positions = Positions.of(scores)
     vocab_size = scores.about["vocab_size"]
     worst = positions.worst(WORST)
-    evidence: dict[str, NDArray[Any]] = {"starts": starts, "worst": _pairs(worst)}
+    evidence: dict[str, NDArray[Any]] = {**scores.evidence, "worst": _pairs(worst)}
     for side, reader in zip(("reference", "candidate"), readers, strict=True):
-        parts = [_top(z) for (z,) in _blocks([reader], worst, vocab_size)]
+        parts = [_top(z) for (z,) in _blocks([reader], _placed(worst, scores), vocab_size)]
         evidence[f"{side}_top_ids"] = _joined([ids for ids, _ in parts], np.int32, TOP)
         evidence[f"{side}_top_p"] = _joined([p for _, p in parts], np.float32, TOP)
     sample = _Sample(vocab_size)
     sampled = _random_rows(positions)
-    for z_r, z_c in _blocks(readers, sampled, vocab_size):
+    for z_r, z_c in _blocks(readers, _placed(sampled, scores), vocab_size):
         sample.add(z_r, z_c)
     return evidence | {"sampled": _pairs(sampled)} | sample.arrays()
 
@@ -118,6 +116,11 @@ class _Sample:
             "shift_deviation": deviation[ids],
             "shift_scale": np.array([1.4826 * np.median(np.abs(shift))]),
         }
+
+
+def _placed(where: Sequence[tuple[int, int]], scores: Scores) -> list[tuple[int, int]]:
+    """Return windows and positions of rows that are given by window and column of the table."""
+    return [(window, scores.first_position + column) for window, column in where]
 
 
 def _random_rows(positions: Positions) -> list[tuple[int, int]]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pytest_kld.figures.source import starts_of, texts_of
+
 if TYPE_CHECKING:
     from pytest_kld.figures.scores import Scores
 
@@ -32,9 +34,12 @@ class Positions:
         reference_argmax: the reference's most probable token; `candidate_argmax`: the candidate's.
         token_ids: the tokens that the models saw.
         labels: the next token, −1 if there is none.
-        text: [windows], the number of the text that a window is from; within one text the windows' starts increase.
+        text: [windows], the number of the text that a window is from.
         source: the place of a position's token in its text.
-        skipped: positions at the start of each window that the table leaves out.
+        first: the position of the table's first column in its window.
+        skipped: how many columns at the start of each window are left out.
+        gap: KL(prefill ‖ decode) of the candidate, in nats, NaN where it is unknown; None unless both were measured.
+        reference_gap: the same for the reference.
         evidence: the arrays stored with the table; see `evidence.gather_evidence`. May be empty.
 
     """
@@ -51,7 +56,10 @@ class Positions:
     labels: Integers
     text: Integers
     source: Integers
+    first: int
     skipped: int
+    gap: Floats | None
+    reference_gap: Floats | None
     evidence: dict[str, NDArray[Any]]
 
     @classmethod
@@ -60,8 +68,6 @@ class Positions:
         columns, flags = scores.columns, scores.columns["flags"]
         reference_bad, candidate_bad = (flags & _REFERENCE_NON_FINITE) != 0, (flags & _CANDIDATE_NON_FINITE) != 0
         windows, size = flags.shape
-        starts = scores.evidence.get("starts", np.arange(windows) * scores.about["protocol"]["stride"])
-        skipped = int(scores.about.get("skip_first", 0))
         token_ids = columns["token_ids"].astype(np.int64)
         return cls(
             kl=columns["kl"],
@@ -74,9 +80,12 @@ class Positions:
             candidate_argmax=columns["candidate_argmax"].astype(np.int64),
             token_ids=token_ids,
             labels=np.concatenate([token_ids[:, 1:], np.full((windows, 1), -1)], axis=1),
-            text=np.cumsum(np.diff(starts, prepend=starts[:1] - 1) <= 0),
-            source=starts[:, None] + skipped + np.arange(size),
-            skipped=skipped,
+            text=texts_of(scores),
+            source=starts_of(scores)[:, None] + scores.first_position + np.arange(size),
+            first=scores.first_position,
+            skipped=scores.skipped,
+            gap=columns.get("decode_gap"),
+            reference_gap=columns.get("reference_decode_gap"),
             evidence=scores.evidence,
         )
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pytest_kld.figures.scores import GAP_COLUMNS
+from pytest_kld.figures.source import places_of
 
 if TYPE_CHECKING:
     from pytest_kld.figures.scores import Scores
@@ -15,6 +19,8 @@ SMALLEST = 1e-9
 """Nats; smaller values are counted but not drawn, so that a few exact zeros do not stretch an axis."""
 _SURVIVAL_POINTS = 120
 _TEXT_BINS = 200
+_GAP_BINS = 256
+"""Narrow enough to show at which position a kernel changes."""
 
 
 def profile_of(scores: Scores) -> dict[str, Any]:
@@ -27,6 +33,8 @@ def profile_of(scores: Scores) -> dict[str, Any]:
         `survival`: `[kl, share]` by decreasing kl: exactly this share of the positions has at least this KL;
         `text`: `[start, stop, mean, max]` of stretches of the text, in tokens from its start, each position counted
         once for every window that it is in; stretches that no window covers are left out;
+        `gap`: `[position, candidate, reference]` of stretches of the window: how far decoding departs from prefill on
+        each side, the mean of KL(prefill ‖ decode); empty unless both paths were measured;
         `windows`: `[mean, max]` of each window, or None if it has no valid position.
 
     """
@@ -36,7 +44,8 @@ def profile_of(scores: Scores) -> dict[str, Any]:
         "histogram": _histogram(kl[valid]),
         "below": int((kl[valid] < SMALLEST).sum()),
         "survival": _survival(np.sort(kl[valid])[::-1]),
-        "text": _along_text(kl, valid, _places(scores)),
+        "text": _along_text(kl, valid, places_of(scores)),
+        "gap": _gap(scores),
         "windows": [_mean_and_max(row[keep]) for row, keep in zip(kl, valid, strict=True)],
     }
 
@@ -56,16 +65,6 @@ def _survival(falling: NDArray[np.float64]) -> list[list[float]]:
     return [[_short(falling[rank - 1]), _short(rank / falling.size)] for rank in ranks]
 
 
-def _places(scores: Scores) -> NDArray[np.int64]:
-    """Return the place in the text of each position [windows, positions], in tokens; several texts are concatenated."""
-    protocol = scores.about["protocol"]
-    starts, end = [], 0
-    for dataset in protocol["datasets"]:
-        starts += [end + window * protocol["stride"] for window in range(dataset["windows"])]
-        end = starts[-1] + protocol["window_size"]
-    return np.array(starts)[:, None] + np.arange(scores.skipped, protocol["window_size"])
-
-
 def _along_text(kl: NDArray[np.float64], valid: NDArray[np.bool_], places: NDArray[np.int64]) -> list[list[float]]:
     length = int(places.max()) + 1
     bins = min(_TEXT_BINS, length)
@@ -78,6 +77,22 @@ def _along_text(kl: NDArray[np.float64], valid: NDArray[np.bool_], places: NDArr
         [-(-length * i // bins), -(-length * (i + 1) // bins), _short(sums[i] / counts[i]), _short(largest[i])]
         for i in np.flatnonzero(counts).tolist()
     ]
+
+
+def _gap(scores: Scores) -> list[list[float | None]]:
+    if GAP_COLUMNS[0] not in scores.columns:
+        return []
+    size = scores.columns[GAP_COLUMNS[0]].shape[1]
+    edges = np.unique(np.linspace(0, size, min(size, _GAP_BINS) + 1).astype(int)).tolist()
+    return [
+        [scores.first_position + start, *(_mean_known(scores.columns[name][:, start:stop]) for name in GAP_COLUMNS)]
+        for start, stop in pairwise(edges)
+    ]
+
+
+def _mean_known(gap: NDArray[np.float64]) -> float | None:
+    known = gap[~np.isnan(gap)]
+    return _short(known.mean()) if known.size else None
 
 
 def _mean_and_max(kl: NDArray[np.float64]) -> list[float] | None:

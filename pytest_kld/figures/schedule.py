@@ -46,6 +46,8 @@ def schedule(most: int) -> list[Look]:
     ]
 
 
-def rounds_of(windows: Windows) -> list[Windows]:
-    """Return the windows of each round on the way to all of them."""
+def rounds_of(windows: Windows, *, adaptive: bool = True) -> list[Windows]:
+    """Return the windows of each round on the way to all of them; one round if not adaptive."""
+    if not adaptive:
+        return [windows]
     return [windows.first(look.windows) for look in schedule(windows.count)]

@@ -17,7 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from pytest_kld.errors import DamagedScoresError, ScoresError
-from pytest_kld.files import sha256_of_json, write_atomically
+from pytest_kld.figures.experts import expert_figures, routes_of_dataset
+from pytest_kld.figures.table_shape import has_shape
+from pytest_kld.files import atomic_path, sha256_of_json
+from pytest_kld.subjects.subject import Subject
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -43,6 +46,10 @@ COLUMNS = {
 
 EXTENDED_COLUMNS = ("reverse_kl", "js", "tv", "top5_overlap", "entropy_difference")
 """Further columns, float64, which a table has on request: all of them or none. See `extended.Extended`."""
+
+GAP_COLUMNS = ("decode_gap", "reference_decode_gap")
+"""Further columns, float64, of a table that was decoded beside a prefill of both sides: KL(prefill ‖ decode) of the
+candidate and of the reference, in nats; NaN if one of the two is not finite. They are not saved: see `with_gaps`."""
 
 CONFIDENT = 0.5
 """A position counts for flips if the reference gives its most probable token more than this: a majority."""
@@ -79,19 +86,78 @@ class Scores:
         """Return the number of positions at the start of each window that the table omits."""
         return int(self.about.get("skip_first", 0))
 
+    @property
+    def first_position(self) -> int:
+        """Return the position of the table's first column in its window."""
+        return self._prompt_size + self.skipped
+
+    @property
+    def _prompt_size(self) -> int:
+        """Return the number of positions that a prompt takes; they were not measured. 0 if nothing was decoded."""
+        return int((self.about["protocol"].get("decoding") or {}).get("prompt_size", 0))
+
+    def subject(self, side: str) -> Subject:
+        """Return what was run on a side, `reference` or `candidate`, as far as the table tells.
+
+        The name includes the values of the axes.
+        """
+        about = self.about[side]
+        key = about.get("key") or {}
+        return Subject(
+            name=str(about["model"]),
+            engine=str((key.get("engine") or {}).get("engine", "")),
+            path=key.get("path", "prefill"),
+        )
+
+    @property
+    def not_finite(self) -> int:
+        """The number of positions at which a side is not finite."""
+        return int(_flagged(self, _REFERENCE_NON_FINITE | _CANDIDATE_NON_FINITE).sum())
+
+    @property
+    def finite_on_one_side(self) -> int:
+        """The number of positions at which one side is finite and the other is not."""
+        return int((_flagged(self, _REFERENCE_NON_FINITE) != _flagged(self, _CANDIDATE_NON_FINITE)).sum())
+
     def without_first(self, positions: int) -> Scores:
-        """Omit the first `positions` positions of each window, which have less context than the others."""
+        """Omit the first `positions` positions of each window, which have less context than the others.
+
+        Positions of a prompt, which are not in the table, count.
+        """
+        positions = max(0, positions - self._prompt_size)
         columns = {name: column[:, positions:] for name, column in self.columns.items()}
         return replace(self, columns=columns, about={**self.about, "skip_first": self.skipped + positions})
 
+    def with_gaps(self, candidate: Scores, reference: Scores) -> Scores:
+        """Add how far decoding departs from prefill on each side.
+
+        Args:
+            candidate: the scores of the candidate's prefill (as reference) and its decoding (as candidate).
+            reference: the same for the reference.
+
+        """
+        gaps = (candidate.columns["kl"], reference.columns["kl"])
+        return replace(self, columns={**self.columns, **dict(zip(GAP_COLUMNS, gaps, strict=True))})
+
+    def without_gaps(self) -> Scores:
+        """Leave out what `with_gaps` added."""
+        return replace(self, columns={name: one for name, one in self.columns.items() if name not in GAP_COLUMNS})
+
     def by_dataset(self) -> dict[str, Scores]:
-        """Split a table of several datasets into one table for each. A single dataset gives one table."""
+        """Split a table of several datasets into one for each, of whose evidence `starts` and routes are kept."""
         tables, start = {}, 0
-        for dataset in self.about["protocol"]["datasets"]:
+        for index, dataset in enumerate(self.about["protocol"]["datasets"]):
             rows = slice(start, start := start + dataset["windows"])
             columns = {name: column[rows] for name, column in self.columns.items()}
             protocol = {**self.about["protocol"], **dataset, "datasets": [dataset]}
-            tables[dataset["dataset"]] = Scores(columns=columns, about={**self.about, "protocol": protocol})
+            tables[dataset["dataset"]] = Scores(
+                columns=columns,
+                about={**self.about, "protocol": protocol},
+                evidence={
+                    **({"starts": self.evidence["starts"][rows]} if "starts" in self.evidence else {}),
+                    **routes_of_dataset(self.evidence, index, rows),
+                },
+            )
         return tables
 
     def save(self, path: Path, key: Mapping[str, Any] | None = None) -> None:
@@ -110,7 +176,8 @@ class Scores:
             "sha256": _digest(self._arrays(), self.about, saved_key),
         }
         contents = save({name: np.ascontiguousarray(array) for name, array in self._arrays().items()}, metadata)
-        write_atomically(path, contents)
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            file.writelines(_in_order(contents))
 
     @classmethod
     def load(cls, path: Path, key: Mapping[str, Any] | None = None) -> Scores:
@@ -134,7 +201,8 @@ class Scores:
             scores = cls(columns=columns, about=json.loads(metadata["about"]), evidence=evidence)
             digest = _digest(scores._arrays(), scores.about, metadata["key"])
             intact = metadata["schema"] == str(SCHEMA) and metadata["sha256"] == digest
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            intact = intact and has_shape(columns, scores.about, COLUMNS, evidence)
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise DamagedScoresError(_corrupt(path)) from error
         if not intact:
             raise DamagedScoresError(_corrupt(path))
@@ -197,6 +265,14 @@ class Summary:
         top5_overlap: mean share of the reference's five most probable tokens that are among the candidate's.
         entropy_difference: mean of entropy(candidate) − entropy(reference); above 0 the candidate is less certain.
         abs_entropy_difference: mean of its absolute value.
+        decode_gap: mean KL(prefill ‖ decode) of the candidate against itself, over the positions at which both are
+            finite. None unless both paths were measured.
+        reference_decode_gap: the same for the reference: what the engine itself adds.
+        experts_seen: share of the candidate's experts, over all layers with experts, that at least one position was
+            routed to. This and the following figures are None if the model is dense or its routes are unknown; see
+            `experts.experts_seen`.
+        routes_changed: share of the positions whose set of experts differs between the sides, mean over the layers.
+        rare_expert_kl: mean KL of the positions whose route, on the candidate's side, meets the least used experts.
 
     """
 
@@ -227,6 +303,11 @@ class Summary:
     top5_overlap: float | None = None
     entropy_difference: float | None = None
     abs_entropy_difference: float | None = None
+    decode_gap: float | None = None
+    reference_decode_gap: float | None = None
+    experts_seen: float | None = None
+    routes_changed: float | None = None
+    rare_expert_kl: float | None = None
 
     @classmethod
     def of(cls, scores: Scores) -> Summary:
@@ -277,6 +358,8 @@ class Summary:
             rms_delta_p=float(np.sqrt(np.mean((np.exp(-nll_c) - np.exp(-nll_r)) ** 2))),
             flips=float(changed[confident].mean()) if confident.any() else None,
             **(_extended_figures(columns, valid) if scores.extended else {}),
+            **{name: _mean_where_finite(columns[name]) for name in GAP_COLUMNS if name in columns},
+            **expert_figures(scores.evidence, columns["kl"]),
         )
 
     @classmethod
@@ -307,6 +390,12 @@ def _extended_figures(columns: dict[str, NDArray[Any]], valid: NDArray[np.bool_]
     return {**means, "abs_entropy_difference": float(np.abs(columns["entropy_difference"][valid]).mean())}
 
 
+def _mean_where_finite(gap: NDArray[np.float64]) -> float | None:
+    """Return the mean of the values that are not NaN; None if all are."""
+    known = gap[~np.isnan(gap)]
+    return float(known.mean()) if known.size else None
+
+
 def _left_out(scores: Scores) -> str:
     return f" after the first {scores.skipped:,} of each window" if scores.skipped else ""
 
@@ -334,6 +423,19 @@ def _digest_of_key(key: Mapping[str, Any] | None) -> str:
 def _is_of(about: Mapping[str, Any], key: Mapping[str, Any]) -> bool:
     """Tell whether a table compares the captures that a key names."""
     return all(about[side]["digest"] == key[side] for side in ("reference", "candidate"))
+
+
+def _in_order(contents: bytes) -> tuple[bytes, memoryview]:
+    """Return the header of a safetensors file with its metadata in order, and the rest of the file.
+
+    `save` writes metadata in a random order, so that the same scores would give other bytes each time.
+    """
+    end = 8 + int.from_bytes(contents[:8], "little")
+    header = json.loads(contents[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned
+    return len(text).to_bytes(8, "little") + text, memoryview(contents)[end:]
 
 
 def _digest(arrays: dict[str, NDArray[Any]], about: dict[str, Any], key: str) -> str:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from pytest_kld.figures.interval import Interval
 from pytest_kld.figures.scores import CONFIDENT, EXTENDED_COLUMNS, Summary, labelled_positions, valid_positions
+from pytest_kld.figures.source import scored_places_of
 
 if TYPE_CHECKING:
     from pytest_kld.figures.scores import Scores
@@ -50,7 +51,7 @@ class Blocks:
         length: tokens in a block.
         count: number of blocks.
         window_size: tokens in a window.
-        stride: tokens of the source text between the starts of two successive windows.
+        stride: tokens of the scored text between the starts of two neighbouring windows, usually.
 
     """
 
@@ -64,15 +65,12 @@ class Blocks:
     @classmethod
     def cut(cls, scores: Scores) -> Blocks:
         """Cut the source text into enough blocks, each long enough for the text's correlation."""
-        windows, size = scores.columns["kl"].shape
-        # If there are gaps between windows, only the scored text counts.
-        stride = min(scores.about["protocol"]["stride"], size)
-        source = np.arange(windows)[:, None] * stride + np.arange(size)
-        tokens = int(source[-1, -1]) + 1
+        source, stride = scored_places_of(scores)
+        tokens, size = int(source.max()) + 1, source.shape[1]
         wanted = max(_CORRELATION_LENGTHS * correlation_length(scores, source), tokens // MOST_BLOCKS)
         half = _align(max(1, min(wanted, tokens // FEWEST_BLOCKS) // 2), stride)
         half_of = source // half
-        count = int(half_of[-1, -1]) // 2 + 1
+        count = int(half_of.max()) // 2 + 1
         return cls(half_of=half_of, tokens=tokens, length=2 * half, count=count, window_size=size, stride=stride)
 
 
@@ -84,7 +82,8 @@ class Mean:
         values: columns → [windows, positions].
         transform: an increasing function, mean → figure.
         labelled: whether only positions with a label count.
-        extended: whether it needs the columns of the second pass.
+        needs: a column that the table has only if the figure was requested.
+        partial: whether NaN stands for positions at which the figure is unknown; they are left out.
         least: the smallest value that the figure can have.
         greatest: the greatest value that the figure can have.
 
@@ -93,7 +92,8 @@ class Mean:
     values: Callable[[Columns], NDArray[Any]]
     transform: Callable[[float], float] = float
     labelled: bool = False
-    extended: bool = False
+    needs: str | None = None
+    partial: bool = False
     least: float = 0.0
     greatest: float = math.inf
 
@@ -104,6 +104,8 @@ class Mean:
     def interval(self, sample: _Sample, quantile: float) -> tuple[float, float, float]:
         """Return low, high and effective positions; see `_skewness_corrected`."""
         values, halves = sample.take(self.values, sample.labelled if self.labelled else sample.valid)
+        if self.partial and (unknown := np.isnan(values)).any():
+            values, halves = values[~unknown], halves[~unknown]
         mean = float(values.mean())
         if not math.isfinite(mean):
             return self.transform(mean), self.transform(mean), 0.0
@@ -191,12 +193,16 @@ FIGURES: Mapping[str, Mean | Share | Quantile] = {
         lambda columns: columns["reference_argmax"] != columns["candidate_argmax"],
         lambda columns: columns["reference_confidence"] > CONFIDENT,
     ),
-    "reverse_kl": Mean(lambda columns: columns["reverse_kl"], extended=True),
-    "js": Mean(lambda columns: columns["js"], extended=True, greatest=math.log(2)),
-    "tv": Mean(lambda columns: columns["tv"], extended=True, greatest=1.0),
-    "top5_overlap": Mean(lambda columns: columns["top5_overlap"], extended=True, greatest=1.0),
-    "entropy_difference": Mean(lambda columns: columns["entropy_difference"], extended=True, least=-math.inf),
-    "abs_entropy_difference": Mean(lambda columns: np.abs(columns["entropy_difference"]), extended=True),
+    "reverse_kl": Mean(lambda columns: columns["reverse_kl"], needs=EXTENDED_COLUMNS[0]),
+    "js": Mean(lambda columns: columns["js"], needs=EXTENDED_COLUMNS[0], greatest=math.log(2)),
+    "tv": Mean(lambda columns: columns["tv"], needs=EXTENDED_COLUMNS[0], greatest=1.0),
+    "top5_overlap": Mean(lambda columns: columns["top5_overlap"], needs=EXTENDED_COLUMNS[0], greatest=1.0),
+    "entropy_difference": Mean(
+        lambda columns: columns["entropy_difference"], needs=EXTENDED_COLUMNS[0], least=-math.inf
+    ),
+    "abs_entropy_difference": Mean(lambda columns: np.abs(columns["entropy_difference"]), needs=EXTENDED_COLUMNS[0]),
+    # Unknown where the prefill was not finite.
+    "decode_gap": Mean(lambda columns: columns["decode_gap"], needs="decode_gap", partial=True),
     "top1_agreement": Share(lambda columns: columns["reference_argmax"] == columns["candidate_argmax"]),
     "ppl_ratio": Mean(lambda columns: columns["candidate_nll"] - columns["reference_nll"], _exp, labelled=True),
     "log_ppl_ratio": Mean(
@@ -213,15 +219,21 @@ FIGURES: Mapping[str, Mean | Share | Quantile] = {
 
 
 def intervals(
-    scores: Scores, confidence: float, *, spend: float = 1.0, names: Collection[str] = FIGURES.keys()
+    scores: Scores,
+    confidence: float,
+    *,
+    spend: float = 1.0,
+    names: Collection[str] = FIGURES.keys(),
+    figures: Mapping[str, Mean | Share | Quantile] = FIGURES,
 ) -> dict[str, Interval]:
-    """Return a confidence interval for each figure in `FIGURES`, by its name.
+    """Return a confidence interval for each figure, by its name.
 
     Args:
         scores: the table of one pair.
         confidence: e.g. 0.95; the interval misses the figure for a share of 1 − confidence of all texts.
         spend: the share of that error that this look at the data may use up. See `schedule.py`.
         names: the requested figures; those without an interval are omitted.
+        figures: how each figure is computed from the table.
 
     If the text has too few blocks or effective positions for a figure, its interval contains all values that the figure
     can take (for a quantile, all values upwards), and gives the smallest number of windows that would suffice.
@@ -230,9 +242,10 @@ def intervals(
     sample, error = _Sample(scores), (1 - confidence) * spend
     quantile = student_quantile(1 - error / 2, sample.degrees_of_freedom)
     found = {}
-    for name, figure in ((name, figure) for name, figure in FIGURES.items() if name in names and sample.has(figure)):
+    for name, figure in ((name, figure) for name, figure in figures.items() if name in names and sample.has(figure)):
         low, high, effective = figure.interval(sample, quantile)
-        known = math.isinf(low) and low == high  # infinite positions were seen, and more text cannot change that
+        # Infinite positions were seen, and more text cannot change that. The difference of two of them is NaN.
+        known = math.isnan(low) or (math.isinf(low) and low == high)
         least = None if known else sample.least_windows(figure.least_positions(error), effective)
         if least is not None:
             # The lower bound of a quantile does not need positions rarer than the quantile.
@@ -257,19 +270,26 @@ def macro_average(parts: Sequence[Mapping[str, Interval]], summaries: Sequence[S
     needed is the number that this dataset needs times the number of datasets.
     """
     average = Summary.macro_average(summaries)
-    found = {}
-    for name in set.intersection(*(set(part) for part in parts)):
-        known = [(part[name], getattr(summary, name)) for part, summary in zip(parts, summaries, strict=True)]
-        least = [interval.least_windows for interval, _ in known if interval.least_windows is not None]
-        low, high = _mean_of_ends(known) if least else _recovered_ends(known, getattr(average, name))
-        found[name] = Interval(
-            low=low,
-            high=high,
-            confidence=known[0][0].confidence,
-            effective_positions=sum(interval.effective_positions for interval, _ in known),
-            least_windows=len(parts) * max(least) if least else None,
+    return {
+        name: average_interval(
+            [(part[name], getattr(summary, name)) for part, summary in zip(parts, summaries, strict=True)],
+            getattr(average, name),
         )
-    return found
+        for name in set.intersection(*(set(part) for part in parts))
+    }
+
+
+def average_interval(known: Sequence[tuple[Interval, float]], value: float) -> Interval:
+    """Return the interval of an average over datasets from the interval and the figure of each. See `macro_average`."""
+    least = [interval.least_windows for interval, _ in known if interval.least_windows is not None]
+    low, high = _mean_of_ends(known) if least else _recovered_ends(known, value)
+    return Interval(
+        low=low,
+        high=high,
+        confidence=known[0][0].confidence,
+        effective_positions=sum(interval.effective_positions for interval, _ in known),
+        least_windows=len(known) * max(least) if least else None,
+    )
 
 
 def _mean_of_ends(known: Sequence[tuple[Interval, float]]) -> tuple[float, float]:
@@ -325,8 +345,7 @@ class _Sample:
         # Too few blocks do not show how many positions depend on one another: in the best case none do.
         dependence = tokens / effective if self.has_blocks else 1.0
         needed = max(positions * dependence, tokens * LEAST_BLOCKS / self._effective_blocks)
-        windows = 1 + (tokens - size) // stride
-        return max(windows + 1, 1 + math.ceil((needed - size) / stride))
+        return max(len(self.blocks.half_of) + 1, 1 + math.ceil((needed - size) / stride))
 
     def among(self, condition: Callable[[Columns], NDArray[Any]] | None) -> NDArray[np.bool_]:
         """Return which valid positions meet a condition."""
@@ -334,8 +353,9 @@ class _Sample:
 
     def has(self, figure: Mean | Share | Quantile) -> bool:
         """Tell whether the table has the data that the figure is computed from."""
-        if isinstance(figure, Mean) and figure.extended:
-            return EXTENDED_COLUMNS[0] in self._columns
+        if isinstance(figure, Mean) and figure.needs is not None:
+            column = self._columns.get(figure.needs)
+            return column is not None and not bool(np.isnan(column[self.valid]).all())
         return not isinstance(figure, Share) or bool(self.among(figure.among).any())
 
     def take(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from pytest_kld.gate.floor import MARK, NOT_TOLD
+from pytest_kld.gate.limits import LIMITS
 from pytest_kld.gate.verdict import band
 from pytest_kld.plain import plain
 from pytest_kld.subjects.subject import Subject
@@ -24,6 +27,7 @@ class GateResult:
 
     Attributes:
         nodeid: the test's node id.
+        suite: the suite file that the test belongs to, or None.
         reference: the reference.
         candidate: the candidate.
         outcome: `passed`; `failed`: a measured figure violates a limit, or the test's own assertion failed; `error`:
@@ -36,17 +40,25 @@ class GateResult:
         intervals: for each figure `low`, `high`, `confidence`, `effective_positions`, `least_windows`; empty without
             --kld-confidence.
         checks: each limit with `limit`, `figure`, `dataset` (None: the macro average), `value`, `bound`, `passed`,
-            `state` (`pass`, `fail`, `inconclusive`), `interval` and `more_windows`: how many more would probably decide
-            it.
+            `state` (`pass`, `fail`, `inconclusive`), `interval`, `more_windows`: how many more would probably decide
+            it, `floor` and `below_floor`.
         undecided: the outcome of a test whose limits are undecided, from --kld-inconclusive.
+        speed: how fast the candidate is served, and its checks, see `gate.speed.SpeedVerdict`; None if not measured.
         about: what was compared and how, from the scores; None if not measured.
         diagnosis: where the candidate departs from the reference, see `diagnosis.Diagnosis`; None if not measured.
+        saw: what the gate saw and what it did not, see `saw.Saw`; None if not measured.
+        trust_remote_code: whether the session let code from repositories of models and tokenizers run.
         seconds: how long the test took, including its share of common set-up.
         profile: see `profile_of`; None if not measured or if no report has charts.
+        baseline: the earlier result that it is held against, see `baseline.Held`; None without --kld-baseline, or if
+            there is none for this candidate.
+        floor: what two runs of each side differ by, see `floor.Floor`; None without --kld-floor. An error has it too
+            if a floor above a limit is the error.
 
     """
 
     nodeid: str
+    suite: str | None = None
     reference: Subject
     candidate: Subject
     outcome: Outcome
@@ -58,10 +70,29 @@ class GateResult:
     intervals: dict[str, dict[str, Any]] = field(default_factory=dict)
     checks: tuple[dict[str, Any], ...] = ()
     undecided: Inconclusive = "fail"
+    speed: dict[str, Any] | None = None
     about: dict[str, Any] | None = None
     diagnosis: dict[str, Any] | None = None
+    saw: dict[str, Any] | None = None
+    trust_remote_code: bool = False
     seconds: float = 0.0
     profile: dict[str, Any] | None = None
+    baseline: dict[str, Any] | None = None
+    floor: dict[str, Any] | None = None
+
+    @property
+    def below_floor(self) -> list[str]:
+        """Return which figures are below twice their floor; empty if no floor was measured."""
+        return [] if self.floor is None else list(self.floor["below"])
+
+    def below_floor_on(self, dataset: str) -> list[str]:
+        """Return the same for one of several datasets."""
+        return [] if self.floor is None else list(self.floor["datasets"][dataset]["below"])
+
+    @property
+    def changes(self) -> list[dict[str, Any]]:
+        """Return each figure beside the baseline's, see `regression.Change`; empty without a baseline."""
+        return [] if self.baseline is None else list(self.baseline["changes"])
 
     @property
     def band(self) -> str | None:
@@ -81,7 +112,8 @@ class GateResult:
     @property
     def inconclusive(self) -> bool:
         """Whether no limit is exceeded and some are undecided."""
-        states = {check["state"] for check in self.checks}
+        speed = (self.speed or {}).get("checks", ())
+        states = {check["state"] for check in (*self.checks, *self.changes, *speed)}
         return "inconclusive" in states and "fail" not in states
 
     @property
@@ -93,7 +125,21 @@ class GateResult:
                 f"KLD of {self.candidate.label} is exactly 0 at every position: it computes the same as the reference. "
                 "Was the same model named twice?"
             )
+        if self.trusted:
+            found.append(f"code from the repository of {' and '.join(self.trusted)} was allowed to run")
         found += self._vocabulary_notes()
+        if self.speaks_for:
+            found.append(f"the intervals speak for {self.speaks_for}")
+        if decoding := (self.about or {}).get("protocol", {}).get("decoding"):
+            size = self.about["protocol"]["window_size"]  # type: ignore[index]
+            found.append(
+                f"{self.candidate.label}: positions {decoding['prompt_size']:,} to {size - 1:,} of each window, "
+                f"decoded one token a step, {decoding['concurrency']:,} sequences together"
+            )
+        if self.figures is not None and self.below_floor:
+            labels = [limit.label for limit in LIMITS.values() if limit.figure in self.below_floor]
+            found.append(f"{self.candidate.label}: {', '.join(labels)} ({MARK}): below twice the floor, {NOT_TOLD}")
+        found += self._speed_notes()
         sides = [
             ((self.about or {}).get(side, {}).get("key") or {}).get("engine") for side in ("reference", "candidate")
         ]
@@ -101,11 +147,53 @@ class GateResult:
         if None not in (reference, candidate) and reference != candidate:
             found.append(
                 f"{self.candidate.label} ran in {candidate} and the reference in {reference}: part of the divergence "
-                "comes from the engines, about 2e-3 nats in bfloat16"
+                "comes from the engines; for SmolLM2-135M in bfloat16 that was 1e-3 to 2e-3 nats"
             )
+        if self.baseline is not None:
+            found += [f"{self.candidate.label}: {note}" for note in self.baseline["notes"]]
         for name, side in zip(("the reference", self.candidate), sides, strict=True):
             found += [f"{name}: {note}" for note in (side or {}).get("notes", ())]
+        return found + self._expert_notes()
+
+    @property
+    def trusted(self) -> list[str]:
+        """Return whose repository's code was allowed to run: by --kld-trust-remote-code, a flag or an argument."""
+        if self.trust_remote_code:
+            return ["every model and tokenizer (--kld-trust-remote-code)"]
+        sides = {"reference": self.reference, "candidate": self.candidate}
+        keys = {side: (self.about or {}).get(side, {}).get("key") or {} for side in sides}
+        return [
+            f"{subject.label} (trust_remote_code)"
+            for side, subject in sides.items()
+            if _trusts(subject.arguments) or _trusts((keys[side].get("engine") or {}).get("arguments"))
+        ]
+
+    def _expert_notes(self) -> list[str]:
+        """Say if experts were never met, and if a side does not tell which experts it used."""
+        found = []
+        candidate = ((self.saw or {}).get("experts") or {}).get("candidate")
+        if candidate and candidate["never"]:
+            found.append(
+                f"{self.candidate.label}: {candidate['never']:,} of {candidate['experts']:,} experts were never met, "
+                "so nothing is known about them; more text or other text may meet them"
+            )
+        for side, subject in (("reference", self.reference), ("candidate", self.candidate)):
+            routing = (self.about or {}).get(side, {}).get("routing")
+            if routing and routing["unobserved"] is not None:
+                found.append(f"{subject.label}: which experts it used is unknown: {routing['unobserved']}")
         return found
+
+    @property
+    def speaks_for(self) -> str | None:
+        """Return which part of each text the intervals speak for; None if there are none, or a project's windows."""
+        protocol = (self.about or {}).get("protocol", {})
+        if not self.intervals or protocol.get("windows_from") is None:
+            return None
+        parts = [_part(protocol, dataset) for dataset in protocol["datasets"]]
+        if all(part.startswith("all of ") for part in parts):
+            return ", ".join(parts)
+        what = "this stretch" if len(parts) == 1 else "these stretches"
+        return f"{what}: {', '.join(parts)} (--kld-windows-from=spread takes windows from all of the text)"
 
     def _vocabulary_notes(self) -> list[str]:
         sizes = [(self.about or {}).get(side, {}).get("vocab_size") for side in ("reference", "candidate")]
@@ -118,6 +206,27 @@ class GateResult:
             f"figures cover the first {min(sizes):,}, renormalised; {wider} gives the others a probability of up to "
             f"{self.figures['cut_mass']:.3g}"
         ]
+
+    def _speed_notes(self) -> list[str]:
+        if self.speed is None:
+            return []
+        server, found = self.speed["candidate"]["server"], []
+        if server["own"]:
+            found.append(
+                f"the speed of {self.candidate.label} was measured on a server of its own, with "
+                f"{' '.join(server['arguments'])}"
+            )
+        elif server["added"]:
+            found.append(
+                f"the speed of {self.candidate.label} was measured on the server that captures, which pytest-kld gives "
+                f"{' '.join(server['added'])}; --kld-throughput-args boots one without"
+            )
+        if server["others"]:
+            found.append(
+                f"beside {self.candidate.label}, servers of {', '.join(server['others'])} were up, and idle, while its "
+                "speed was measured"
+            )
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
@@ -140,12 +249,82 @@ class GateResult:
             for name, interval in self.intervals.items()
             for end in ("low", "high", "effective_positions")
         }
+        changes = {
+            f"{name}_{change['figure']}": change[kind]
+            for change in self.changes
+            for name, kind in (("baseline", "before"), ("change", "difference"))
+        }
         confidence = {"confidence": next((one["confidence"] for one in self.intervals.values()), None)}
+        speed = {
+            f"{figure}_c{cell['concurrency']}": value
+            for cell in (self.speed["candidate"]["cells"] if self.speed else ())
+            for figure, value in cell["figures"].items()
+        }
+        floors = {
+            f"floor_{side}_{name}": self.floor[side][name]
+            for side in ("reference", "candidate")
+            for name in ("mean", "p99", "max", "top1_agreement")
+            if self.floor
+        }
+        noise = {"below_floor": ", ".join(self.below_floor)} if self.floor else {}
+        speaks_for = {"speaks_for": self.speaks_for and plain(self.speaks_for)}
+        trusted = {"trust_remote_code": plain(", ".join(self.trusted)) or None}
         return [
             (f"kld_{name}", value)
-            for name, value in {**described, **(self.figures or {}), **confidence, **bounds, **limits}.items()
+            for name, value in {
+                **described,
+                **(self.figures or {}),
+                **confidence,
+                **speaks_for,
+                **trusted,
+                **bounds,
+                **limits,
+                **changes,
+                **floors,
+                **noise,
+                **speed,
+            }.items()
             if value is not None
         ]
+
+
+def _trusts(arguments: Any) -> bool:
+    """Tell whether an engine's arguments, as it takes them or as a running server tells them, trust remote code."""
+    if isinstance(arguments, Mapping):
+        return any(
+            (name.rpartition(".")[2] == "trust_remote_code" and value is True) or _trusts(value)
+            for name, value in arguments.items()
+        )
+    if isinstance(arguments, list | tuple):
+        return any(argument == "--trust-remote-code" or _trusts(argument) for argument in arguments)
+    return False
+
+
+def _part(protocol: dict[str, Any], dataset: dict[str, Any]) -> str:
+    """Say which part of a dataset its windows represent."""
+    scored = (dataset["windows"] - 1) * protocol["stride"] + protocol["window_size"]
+    if protocol["windows_from"] == "spread" or scored + protocol["stride"] > dataset["text_tokens"]:
+        return f"all of {dataset['dataset']}"
+    percent = min(99, 100 * scored / dataset["text_tokens"])
+    return f"the first {format(percent, '.0f' if percent >= 1 else '.1g')} % of {dataset['dataset']}"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One of several sessions that share the Subjects of a release.
+
+    Attributes:
+        number: which one, from 1.
+        of: how many there are.
+
+    """
+
+    number: int
+    of: int
+
+    def __str__(self) -> str:
+        """Name it as reports do."""
+        return f"shard {self.number} of {self.of}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,16 +364,28 @@ def checks_of(verdict: Verdict) -> tuple[dict[str, Any], ...]:
             "state": check.state,
             "interval": None if check.interval is None else check.interval.to_json(),
             "more_windows": check.more_windows,
+            "floor": check.floor,
+            "below_floor": check.below_floor,
         }
         for check in verdict.checks
     )
 
 
+def by_suite(results: Sequence[GateResult]) -> list[list[GateResult]]:
+    """Group results by their suite file, each of which has its own reference and protocol."""
+    groups: dict[str | None, list[GateResult]] = {}
+    for result in results:
+        groups.setdefault(result.suite, []).append(result)
+    return list(groups.values())
+
+
 def by_candidate(results: Sequence[GateResult]) -> dict[str, list[GateResult]]:
-    """Group results by the candidate's label, in order of first appearance."""
+    """Group results by the candidate's label, in order of first appearance; with several suites, by suite as well."""
+    several = len({result.suite for result in results}) > 1
     groups: dict[str, list[GateResult]] = {}
     for result in results:
-        groups.setdefault(result.candidate.label, []).append(result)
+        label = result.candidate.label
+        groups.setdefault(f"{result.suite}: {label}" if several and result.suite else label, []).append(result)
     return groups
 
 
