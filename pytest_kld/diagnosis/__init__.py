@@ -148,7 +148,7 @@ def _worst_positions(positions: Positions, tokens: Tokens | None) -> list[WorstP
         worst.append(
             WorstPosition(
                 window=window,
-                position=column + positions.skipped,
+                position=column + positions.first,
                 source_position=int(positions.source[window, column]),
                 context=None if tokens is None else tokens.decode(before),
                 label=label if label >= 0 else None,
@@ -182,7 +182,7 @@ def _stored_tops(
 def _worst_windows(positions: Positions) -> list[WorstWindow]:
     windows = [
         WorstWindow(
-            window=window, start=int(source[0]) - positions.skipped, mean_kl=float(kl.mean()), max_kl=float(kl.max())
+            window=window, start=int(source[0]) - positions.first, mean_kl=float(kl.mean()), max_kl=float(kl.max())
         )
         for window, (row, valid, source) in enumerate(zip(positions.kl, positions.valid, positions.source, strict=True))
         if (kl := row[valid]).size
@@ -204,8 +204,8 @@ def _by_position(positions: Positions) -> list[PositionBucket]:
     edges = np.unique(np.linspace(0, size, _STRETCHES + 1).round().astype(int)).tolist()
     return [
         PositionBucket(
-            start=start + positions.skipped,
-            stop=stop + positions.skipped,
+            start=start + positions.first,
+            stop=stop + positions.first,
             mean_kl=_mean(positions.kl[:, start:stop][positions.valid[:, start:stop]]),
         )
         for start, stop in pairwise(edges)

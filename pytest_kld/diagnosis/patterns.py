@@ -46,6 +46,9 @@ PATTERNS = {
     "in a different order, or its tokenizer numbers tokens differently.",
     "wrong-scale": "The candidate's distribution is the reference's at another temperature. A scale on the logits is "
     "missing or doubled: a logit scale, a soft cap, a norm before the head, a scale of the head's weights.",
+    "decode-departs": "Decoding gives other distributions than a prefill of the same tokens, beyond what the engine "
+    "does for the reference. The cause is in what only decoding runs: the KV cache's format or scales, the attention "
+    "of one token at a time, a kernel for few rows. If it begins at a position, suspect a tile or a block size.",
     "uniform-noise": "The loss is spread evenly over the text and over the window: nothing in particular is broken, "
     "the whole model is too coarse. A finer format, smaller groups, or calibration would help.",
 }
@@ -96,10 +99,10 @@ def _onward(side: str, bad: Booleans, positions: Positions, tokens: Tokens | Non
     evidence = f"the {side} is not finite in {windows.size:,} of {len(bad):,} windows, from one position to the end"
     at = positions.token_ids[windows, first]
     if windows.size > 1 and (first == first[0]).all():
-        return f"{evidence}, each from position {first[0] + positions.skipped:,}"
+        return f"{evidence}, each from position {first[0] + positions.first:,}"
     if windows.size > 1 and (at == at[0]).all() and first.any():
         return f"{evidence}, each from token id {at[0]:,}{_quoted(tokens, int(at[0]))}"
-    return f"{evidence}, the first (window {windows[0]:,}) from position {first[0] + positions.skipped:,}"
+    return f"{evidence}, the first (window {windows[0]:,}) from position {first[0] + positions.first:,}"
 
 
 def _broken_stretch(positions: Positions, _: Tokens | None) -> str | None:
@@ -239,6 +242,34 @@ def _wrong_scale(positions: Positions, _: Tokens | None) -> str | None:
     )
 
 
+def _decode_departs(positions: Positions, _: Tokens | None) -> str | None:
+    """Compare the gap at each position of the window, its median over the windows, with the reference's.
+
+    A position departs if its gap is above ten times the reference's own, the median over all positions, which shows
+    what rounding adds (about 1e-3 nats in bfloat16, 1e-11 in float32, on SmolLM2), and above 1e-4 nats, below which a
+    gap does not matter.
+    """
+    if positions.gap is None or positions.reference_gap is None or positions.gap.shape[1] < _SUFFICIENT:
+        return None
+    known = np.flatnonzero(~np.isnan(positions.gap).all(0))
+    gap = np.full(positions.gap.shape[1], np.nan)
+    gap[known] = np.nanmedian(positions.gap[:, known], 0)
+    floor = 0.0 if np.isnan(positions.reference_gap).all() else float(np.nanmedian(positions.reference_gap))
+    departs = gap > max(1e-4, 10 * floor)
+    share = float(departs[known].mean()) if known.size else 0.0
+    if share < 0.1 and departs.sum() < _SUFFICIENT:
+        return None
+    # The split after which most positions depart and before which few do.
+    before = np.concatenate([[0], np.cumsum(departs)])
+    right = before[-1] - before + np.arange(len(before)) - before  # departing after the split, others before it
+    split = int(right.argmax())
+    after, earlier = departs[split:].sum(), departs[:split].sum()
+    sizes = f"median {np.nanmedian(gap[departs]):.3g} nats, the reference's own {floor:.3g}"
+    if split == 0 or after < 0.8 * (len(departs) - split) or earlier > 0.2 * split:
+        return f"decode departs from prefill at {share:.0%} of the positions: {sizes}"
+    return f"decode departs from prefill from position {positions.first + split:,} on: {sizes}"
+
+
 def _uniform_noise(positions: Positions) -> str | None:
     """Recognise loss that is equally large everywhere.
 
@@ -278,4 +309,5 @@ _DETECTORS: dict[str, Callable[[Positions, Tokens | None], str | None]] = {
     "off-by-one": _off_by_one,
     "permuted-vocabulary": _permuted_vocabulary,
     "wrong-scale": _wrong_scale,
+    "decode-departs": _decode_departs,
 }

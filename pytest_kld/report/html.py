@@ -14,40 +14,56 @@ from markupsafe import Markup
 
 from pytest_kld import __version__
 from pytest_kld.files import write_report
-from pytest_kld.plain import LINES, plain
+from pytest_kld.plain import LINES, plain, show_token
+from pytest_kld.report.floor import EXPLANATION
+from pytest_kld.report.saw import saw_rows
 from pytest_kld.report.view import view
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from pytest_kld.gate.result import GateResult, Incomplete
+    from pytest_kld.gate.matrix import MatrixResult
+    from pytest_kld.gate.result import GateResult, Incomplete, Shard
 
 _ASSETS = files("pytest_kld.report") / "assets"
 _LIBRARIES = ("d3", "plot")
 """Charting libraries in loading order; both are under the ISC licence, whose text is included with them."""
 
 
-def write_html_report(path: Path, results: Sequence[GateResult], incomplete: Incomplete | None = None) -> None:
+def write_html_report(
+    path: Path,
+    results: Sequence[GateResult],
+    incomplete: Incomplete | None = None,
+    shard: Shard | None = None,
+    matrices: Sequence[MatrixResult] = (),
+) -> None:
     """Write the report completely or not at all.
 
     Raises:
         ReportError: the file cannot be written.
 
     """
-    write_report(path, render(results, incomplete).encode())
+    write_report(path, render(results, incomplete, shard, matrices).encode())
 
 
-def render(results: Sequence[GateResult], incomplete: Incomplete | None = None) -> str:
+def render(
+    results: Sequence[GateResult],
+    incomplete: Incomplete | None = None,
+    shard: Shard | None = None,
+    matrices: Sequence[MatrixResult] = (),
+) -> str:
     """Return the report as HTML. Text from outside is escaped, including its control characters."""
-    report = view(results)
+    report = view(results, matrices)
     scripts = [*(_library(name) for name in _LIBRARIES), _asset("charts.js")]
     return (
         _environment()
         .get_template("report.html.jinja")
         .render(
             report=report,
+            floor_explanation=EXPLANATION,
             incomplete=incomplete,
+            shard=shard,
             chart_data=_chart_data(report.chart_data()),
             created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             version=__version__,
@@ -73,6 +89,7 @@ def _environment() -> Environment:
         percent=lambda value: _number(value, ".2%"),
         exact=lambda value: _number(value, "," if isinstance(value, int) else ".6g"),
         token=show_token,
+        saw_rows=saw_rows,
     )
     return environment
 
@@ -81,12 +98,6 @@ def _number(value: float | None, form: str) -> str:
     if value is None or math.isnan(value):
         return "–"
     return ("∞" if value > 0 else "−∞") if math.isinf(value) else format(value, form).replace("-", "−")
-
-
-def show_token(text: str) -> str:
-    """Make the spaces and control characters of a token visible."""
-    shown = {" ": "␣", "\n": "↵"}
-    return "".join(shown.get(char) or (char if char.isprintable() else ascii(char)[1:-1]) for char in text)
 
 
 def _policy(scripts: Sequence[str]) -> str:

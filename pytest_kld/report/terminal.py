@@ -6,9 +6,11 @@ import time
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from pytest_kld.gate.result import GateResult, by_candidate, worst
+from pytest_kld.gate.floor import MARK
+from pytest_kld.gate.result import GateResult, by_candidate, by_suite, worst
 from pytest_kld.gate.verdict import band
 from pytest_kld.plain import plain
+from pytest_kld.report.floor import floor_rows, marked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -100,8 +102,16 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def tables(results: Sequence[GateResult]) -> list[str]:
+    """Return the lines of the final table; with suite files, of a table for each."""
+    lines: list[str] = []
+    for group in by_suite(results):
+        lines += [*([""] if lines else []), *table(group)]
+    return lines
+
+
 def table(results: Sequence[GateResult]) -> list[str]:
-    """Return the lines of the final table: a row per candidate, followed by a row per dataset if there are several."""
+    """Return the lines of a table: a row per candidate, followed by a row per dataset if there are several."""
     columns = [
         "Model",
         "Mean KLD",
@@ -116,13 +126,38 @@ def table(results: Sequence[GateResult]) -> list[str]:
     ]
     groups = by_candidate(results)
     rows = [row for candidate, group in groups.items() for row in _rows(candidate, group)]
-    lines = [_title(results), *_aligned([columns, *rows], left=(0, 8, 9))]
+    lines = [_title(results), *aligned([columns, *rows], left=(0, 8, 9))]
     if sure := [row for candidate, group in groups.items() for row in _interval_rows(candidate, group)]:
-        lines += ["", *_aligned([["Model", "Windows", *(heading for heading, _ in _INTERVALS)], *sure], left=(0,))]
+        lines += ["", *aligned([["Model", "Windows", *(heading for heading, _ in _INTERVALS)], *sure], left=(0,))]
     more = [row for candidate, group in groups.items() for row in _extended_rows(candidate, group)]
     if more:
-        lines += ["", *_aligned([["Model", *(heading for heading, _, _ in _EXTENDED)], *more], left=(0,))]
+        lines += ["", *aligned([["Model", *(heading for heading, _, _ in _EXTENDED)], *more], left=(0,))]
+    if gaps := [row for candidate, group in groups.items() for row in _gap_rows(candidate, group)]:
+        lines += ["", *aligned([["Model", "Prefill to decode", "Reference's own"], *gaps], left=(0,))]
+    if floors := floor_rows(results):
+        lines += ["", *aligned(floors, left=(0,))]
+    if changed := [row for candidate, group in groups.items() for row in _change_rows(candidate, group)]:
+        lines += ["", *aligned([list(_CHANGES), *changed], left=(0, 1, 7))]
+    if any(result.speed for result in results):
+        lines += ["", *_speed(results)]
     return lines
+
+
+def _speed(results: Sequence[GateResult]) -> list[str]:
+    from pytest_kld.report.speed import check_lines, latency_rows, measured_speeds, speed_title, throughput_rows
+
+    speeds = measured_speeds(results)
+    return [
+        plain(speed_title(speeds)),
+        *aligned(throughput_rows(speeds), left=(0,)),
+        "",
+        *aligned(latency_rows(speeds), left=(0,)),
+        *(plain(line) for line in dict.fromkeys(check_lines(results))),
+    ]
+
+
+_CHANGES = ("Model", "Figure", "Now", "Baseline", "Change", "Change interval", "Allowed", "Verdict")
+"""Headings of the table of changes against baselines."""
 
 
 _EXTENDED = (
@@ -147,7 +182,8 @@ _INTERVALS = (
 
 
 def _title(results: Sequence[GateResult]) -> str:
-    title = f"KLD Evaluation Results (ref: {results[0].reference.label}"
+    references = {result.reference.label for result in results}
+    title = f"KLD Evaluation Results (ref: {references.pop() if len(references) == 1 else results[0].reference.name}"
     measured = next((result for result in results if result.figures and result.about), None)
     if measured and measured.figures and measured.about:
         average = "macro average of " if len(measured.datasets) > 1 else ""
@@ -158,7 +194,8 @@ def _title(results: Sequence[GateResult]) -> str:
     return f"{title})"
 
 
-def _aligned(rows: list[list[str]], left: tuple[int, ...]) -> list[str]:
+def aligned(rows: list[list[str]], left: tuple[int, ...]) -> list[str]:
+    """Return the lines of a table: a heading, a rule and the other rows; `left` are the columns flush left."""
     rows = [[plain(cell) for cell in row] for row in rows]  # escape before measuring widths
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
@@ -195,10 +232,11 @@ def _rows(candidate: str, group: Sequence[GateResult]) -> list[list[str]]:
     result = next((result for result in group if result.figures), None)
     if result is None or result.figures is None:
         return [[candidate, *["-"] * 7, verdict, "-"]]
-    rows = [[candidate, *_cells(result.figures), verdict, result.band or "-"]]
+    rows = [[candidate, *_cells(result.figures, result.below_floor), verdict, result.band or "-"]]
     if len(result.datasets) > 1:
         rows += [
-            [f"  {name}", *_cells(figures), "", band(figures["mean"])] for name, figures in result.datasets.items()
+            [f"  {name}", *_cells(figures, result.below_floor_on(name)), "", band(figures["mean"])]
+            for name, figures in result.datasets.items()
         ]
     return rows
 
@@ -214,16 +252,48 @@ def _interval_cells(result: GateResult) -> list[str]:
     return [f"[{interval['low']:.6f}, {interval['high']:.6f}]" for interval in known]
 
 
-def _cells(figures: dict[str, Any]) -> list[str]:
+def _change_rows(candidate: str, group: Sequence[GateResult]) -> list[list[str]]:
+    """Return a row for each figure beside its baseline. Tests of one candidate may allow different changes."""
+    rows = [_change_row(candidate, change) for result in group for change in result.changes]
+    return [row for index, row in enumerate(rows) if row not in rows[:index]]
+
+
+def _change_row(candidate: str, change: dict[str, Any]) -> list[str]:
+    share = "" if change["share"] is None else f" ({change['share']:+.1%})"
+    interval = change["interval"]
+    word = {"pass": "ok", "fail": "REGRESSION", "inconclusive": "undecided"}[change["state"]]
+    return [
+        candidate,
+        change["label"],
+        f"{change['value']:.6f}",
+        f"{change['before']:.6f}",
+        f"{MARK if change['below_floor'] else ''}{change['difference']:+.6f}{share}",
+        "-" if interval is None else f"[{interval['low']:+.6f}, {interval['high']:+.6f}]",
+        "-" if change["bound"] is None else f"{change['bound']:.6f}",
+        "-" if change["bound"] is None else word,
+    ]
+
+
+def _cells(figures: dict[str, Any], below: Sequence[str]) -> list[str]:
     nan = f"{figures['candidate_nan_count']:,}"
     if figures["reference_nan_count"]:
         nan += f" (ref {figures['reference_nan_count']:,})"
     return [
-        *(f"{figures[name]:.6f}" for name in ("mean", "median", "p95", "p99")),
-        f"{figures['max']:.4f}",
+        *(marked(f"{figures[name]:.6f}", name, below) for name in ("mean", "median", "p95", "p99")),
+        marked(f"{figures['max']:.4f}", "max", below),
         nan,
-        f"{figures['top1_agreement']:.2%}",
+        marked(f"{figures['top1_agreement']:.2%}", "top1_agreement", below),
     ]
+
+
+def _gap_rows(candidate: str, group: Sequence[GateResult]) -> list[list[str]]:
+    """Return the mean KL of prefill and decode of a candidate against itself, and that of the reference."""
+    names = ("decode_gap", "reference_decode_gap")
+    result = next((one for one in group if one.figures and one.figures.get(names[0]) is not None), None)
+    if result is None or (gaps := result.figures) is None:
+        return []
+    texts = {name: "-" if gaps[name] is None else f"{gaps[name]:.3g}" for name in names}
+    return [[candidate, *(marked(text, name, result.below_floor) for name, text in texts.items())]]
 
 
 def _extended_rows(candidate: str, group: Sequence[GateResult]) -> list[list[str]]:
@@ -231,8 +301,11 @@ def _extended_rows(candidate: str, group: Sequence[GateResult]) -> list[list[str
     if result is None or result.figures is None:
         return []
     datasets = result.datasets if len(result.datasets) > 1 else {}
-    rows = {candidate: result.figures, **{f"  {name}": figures for name, figures in datasets.items()}}
-    return [
-        [name, *("-" if figures[figure] is None else format(figures[figure], form) for _, figure, form in _EXTENDED)]
-        for name, figures in rows.items()
-    ]
+    rows = [(candidate, result.figures, result.below_floor)]
+    rows += [(f"  {name}", figures, result.below_floor_on(name)) for name, figures in datasets.items()]
+    return [[name, *(_extended_cell(figures, *column, below) for column in _EXTENDED)] for name, figures, below in rows]
+
+
+def _extended_cell(figures: dict[str, Any], _: str, figure: str, form: str, below: Sequence[str]) -> str:
+    value = figures[figure]
+    return "-" if value is None else marked(format(value, form), figure, below)

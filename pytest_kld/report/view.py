@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_kld.gate.limits import LIMITS
 from pytest_kld.gate.result import GateResult, by_candidate, worst
+from pytest_kld.report.floor import floor_rows
+from pytest_kld.report.matrix import MatrixSection, heat_of
+from pytest_kld.report.speed import speed_section
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from pytest_kld.gate.matrix import MatrixResult
+    from pytest_kld.report.speed import SpeedSection
+
 QUANTILES = {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p999": 0.999, "max": 1.0}
 """The figures that are quantiles of KL."""
 COLOURS = 8
+UNFOLDED = 10
+"""The greatest number of candidates whose worst positions are shown without a click."""
 _DASHES = 4
 _VERDICTS = {
     "error": ("ERROR", "!", "not measured"),
@@ -84,10 +92,27 @@ class Candidate:
         return self.measured.intervals if self.measured else {}
 
     @property
+    def below_floor(self) -> list[str]:
+        """Return the figures that are below twice their floor."""
+        return self.measured.below_floor if self.measured else []
+
+    def below_floor_on(self, dataset: str) -> list[str]:
+        """Return the same for one of several datasets."""
+        return self.measured.below_floor_on(dataset) if self.measured else []
+
+    @property
     def datasets(self) -> dict[str, dict[str, Any]]:
         """Return the figures of each dataset if there are several; else empty."""
         datasets = self.measured.datasets if self.measured else {}
         return datasets if len(datasets) > 1 else {}
+
+    @property
+    def changes(self) -> list[dict[str, Any]]:
+        """Return its figures beside the baseline's, each change once; see `regression.Change`."""
+        found: list[dict[str, Any]] = []
+        for result in self.results:
+            found += [change for change in result.changes if change not in found]
+        return found
 
     @property
     def profile(self) -> dict[str, Any]:
@@ -108,6 +133,7 @@ class Row:
     high: float | None
     more_windows: int | None
     least_windows: int | None
+    below_floor: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +171,8 @@ class Report:
     candidates: Sequence[Candidate]
     limits: Sequence[LimitGroup]
     matrix: Matrix | None
+    speed: SpeedSection | None
+    between: Sequence[MatrixSection] = ()
 
     @property
     def measured(self) -> list[Candidate]:
@@ -155,6 +183,21 @@ class Report:
     def diagnosed(self) -> list[Candidate]:
         """Return the candidates that have a diagnosis."""
         return [candidate for candidate in self.measured if candidate.diagnosis]
+
+    @property
+    def folds(self) -> bool:
+        """Whether what is said of each candidate alone is folded away: a page of many candidates would be too long."""
+        return len(self.candidates) > UNFOLDED
+
+    @property
+    def changed(self) -> list[Candidate]:
+        """Return the candidates that are held against a baseline."""
+        return [candidate for candidate in self.candidates if candidate.changes]
+
+    @property
+    def both_paths(self) -> list[Candidate]:
+        """Return the candidates that were decoded beside a prefill."""
+        return [candidate for candidate in self.measured if candidate.profile.get("gap")]
 
     @property
     def has_intervals(self) -> bool:
@@ -174,18 +217,18 @@ class Report:
     @property
     def headline(self) -> str:
         """Summarise the outcome in a few words."""
-        outcomes = [candidate.verdict[0] for candidate in self.candidates]
-        if not outcomes:
-            return "Nothing was gated"
+        of_matrices: list[str] = [one.result.outcome for one in self.between]
         counts = [
-            f"{outcomes.count(outcome)} {said}" for outcome, (_, _, said) in _VERDICTS.items() if outcome in outcomes
+            _counted([candidate.verdict[0] for candidate in self.candidates], "candidate", "candidates"),
+            _counted(of_matrices, "matrix", "matrices"),
         ]
-        return f"{_count(len(outcomes), 'candidate')}: {', '.join(counts)}"
+        return "; ".join(filter(None, counts)) or "Nothing was gated"
 
     @property
     def outcome(self) -> str:
         """Return the worst outcome; `none` if nothing was gated."""
         outcomes = {candidate.verdict[0] for candidate in self.candidates}
+        outcomes |= {one.result.outcome for one in self.between}
         return next((outcome for outcome in _VERDICTS if outcome in outcomes), "none")
 
     @property
@@ -193,6 +236,11 @@ class Report:
         """Return what a reader should know about how the figures were obtained, each note once."""
         results = [result for candidate in self.candidates for result in candidate.results]
         return list(dict.fromkeys(note for result in results for note in result.notes))
+
+    @property
+    def floors(self) -> list[list[str]]:
+        """Return the table of floors, its heading first; empty without --kld-floor."""
+        return floor_rows([result for candidate in self.candidates for result in candidate.results])
 
     @property
     def figure_names(self) -> list[str]:
@@ -228,6 +276,7 @@ class Report:
                 }
                 for candidate in self.measured
             ],
+            "speed": list(self.speed.points) if self.speed else [],
             "quantiles": [{"name": name, "share": share} for name, share in QUANTILES.items()],
             "limits": [
                 {
@@ -251,8 +300,8 @@ class Report:
         }
 
 
-def view(results: Sequence[GateResult]) -> Report:
-    """Arrange results for the report."""
+def view(results: Sequence[GateResult], matrices: Sequence[MatrixResult] = ()) -> Report:
+    """Arrange results and matrices for the report."""
     groups = by_candidate(results)
     candidates = [
         Candidate(
@@ -264,7 +313,13 @@ def view(results: Sequence[GateResult]) -> Report:
         )
         for index, ((name, group), short) in enumerate(zip(groups.items(), short_names(groups), strict=True))
     ]
-    return Report(candidates=candidates, limits=_limits(candidates), matrix=_matrix(results))
+    return Report(
+        candidates=candidates,
+        limits=_limits(candidates),
+        matrix=_matrix(results),
+        speed=speed_section(results, {one.name: (one.short, one.colour) for one in candidates if one.measured}),
+        between=[MatrixSection.of(matrix) for matrix in matrices],
+    )
 
 
 def short_names(names: Iterable[str]) -> list[str]:
@@ -291,6 +346,7 @@ def _limits(candidates: Sequence[Candidate]) -> list[LimitGroup]:
                     high=interval.get("high"),
                     more_windows=check["more_windows"],
                     least_windows=interval.get("least_windows"),
+                    below_floor=check["below_floor"],
                 )
                 rows.setdefault((check["limit"], dataset), {})[candidate.index, row.bound] = row
     return [
@@ -320,7 +376,7 @@ def _matrix(results: Sequence[GateResult]) -> Matrix | None:
         return None
     columns = list(dict.fromkeys(column for row in means.values() for column in row))
     axes = dict.fromkeys(axis for result in results for axis in result.candidate.axes)
-    heat = _heat([mean for row in means.values() for mean in row.values()])
+    heat = heat_of([mean for row in means.values() for mean in row.values()])
     return Matrix(
         axes=", ".join(axes),
         columns=columns,
@@ -334,16 +390,7 @@ def _matrix(results: Sequence[GateResult]) -> Matrix | None:
     )
 
 
-def _heat(means: Sequence[float]) -> dict[float, float]:
-    """Place each mean between the smallest and the greatest on a log scale; 0 and infinity are at the ends."""
-    logs = [math.log(mean) for mean in means if 0 < mean < math.inf]
-    low, width = min(logs, default=0.0), (max(logs, default=0.0) - min(logs, default=0.0)) or 1.0
-    return {
-        mean: 0.0 if mean <= 0 else 1.0 if math.isinf(mean) else (math.log(mean) - low) / width
-        for mean in means
-        if not math.isnan(mean)
-    }
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
+def _counted(outcomes: Sequence[str], one: str, several: str) -> str:
+    """Count outcomes, from the worst to the best; empty if there are none."""
+    counts = [f"{outcomes.count(outcome)} {said}" for outcome, (_, _, said) in _VERDICTS.items() if outcome in outcomes]
+    return f"{len(outcomes)} {one if len(outcomes) == 1 else several}: {', '.join(counts)}" if counts else ""

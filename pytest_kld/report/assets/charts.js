@@ -198,6 +198,42 @@
     });
   }
 
+  function gap(width, title) {
+    const shown = data.candidates.filter((one) => one.gap?.length);
+    const points = shown.flatMap((one) => one.gap.map(([position, candidate, reference]) => ({ one, short: one.short, position, candidate, reference })));
+    const sides = ["reference", "candidate"];
+    return plot(width, title, {
+      height: shown.length * 120 + 50,
+      x: { label: "Position in the window", grid: false, nice: false, tickFormat: "~s" },
+      y: log(NATS, points.flatMap((point) => [point.candidate, point.reference]), 4),
+      fy: { domain: shown.map((one) => one.short), label: null, axis: null, padding: 0.12 },
+      marks: [
+        ...shown.flatMap((one) =>
+          sides.map((side) =>
+            Plot.line(points.filter((point) => point.one === one && positive(point[side])), {
+              fy: "short",
+              x: "position",
+              y: side,
+              stroke: side === "reference" ? "var(--ink)" : colour(one),
+              strokeDasharray: side === "reference" ? "4 4" : null,
+              strokeWidth: side === "reference" ? 1 : 1.8,
+            }),
+          ),
+        ),
+        Plot.text(shown, { fy: "short", text: "short", frameAnchor: "top-left", dx: 4, dy: -2, fontWeight: 600, stroke: "var(--paper)", strokeWidth: 4, fill: "var(--ink)" }),
+        tip(
+          points.filter((point) => positive(point.candidate)).map((point) => ({
+            fy: point.short,
+            x: point.position,
+            y: point.candidate,
+            text: `${point.short}\nfrom position ${point.position}\n${brief(point.candidate)} nats, reference ${brief(point.reference)}`,
+          })),
+          true,
+        ),
+      ],
+    });
+  }
+
   function windows(width, title) {
     const cells = data.candidates.flatMap((one) => one.windows.map((window, index) => ({ one, index, mean: window && window[0], max: window && window[1] })));
     const drawn = cells.filter((cell) => positive(cell.mean));
@@ -278,12 +314,39 @@
     return box;
   }
 
+  /** Quality against speed: a point for each candidate and concurrency, and the front of those that nothing beats. */
+  function speed(width, title) {
+    const points = data.speed.map((point) => ({
+      ...point,
+      x: point.tps,
+      y: point.kl,
+      text: `${point.short}\nconcurrency ${point.concurrency}\n${brief(point.tps)} output tokens/s\nmean KLD ${brief(point.kl)} nats`,
+    }));
+    const fronts = d3.group(points, (point) => point.concurrency);
+    const front = [...fronts.values()].flatMap((group) => group.filter((point) => point.front).sort((a, b) => a.x - b.x));
+    return plot(width, title, {
+      height: 320,
+      marginRight: 40,
+      x: { label: "Output tokens/s", grid: true, nice: true, zero: true, ticks: Math.max(3, width / 110) },
+      y: { ...log("Mean KLD (nats)", points.map((point) => point.y), 5), nice: true },
+      marks: [
+        Plot.line(front, { x: "x", y: "y", z: "concurrency", stroke: "var(--quiet)", strokeDasharray: "3 3" }),
+        Plot.dot(points, { x: "x", y: "y", r: 5, symbol: (point) => SYMBOLS[point.colour], fill: (point) => colour(point), fillOpacity: (point) => (point.front ? 1 : 0.45) }),
+        Plot.text(points, { x: "x", y: "y", text: (point) => `C=${point.concurrency}`, dy: -12, fill: "var(--quiet)" }),
+        tip(points),
+      ],
+      symbol: { type: "identity" },
+      color: { type: "identity" },
+      opacity: { type: "identity" },
+    });
+  }
+
   /** The tooltip at the pointer; all of its numbers are also in a table. */
   function tip(points, facets = false) {
     return Plot.tip(points, Plot.pointer({ x: "x", y: "y", ...(facets ? { fy: "fy" } : {}), title: "text", fontSize: 12, fill: "var(--panel)", stroke: "var(--line)" }));
   }
 
-  const charts = { limits, histogram, survival, quantiles, text, windows };
+  const charts = { limits, histogram, survival, quantiles, text, gap, windows, speed };
 
   function draw(place) {
     const width = Math.floor(place.clientWidth);
