@@ -16,6 +16,10 @@ class ModelError(KLDError):
     """A model or tokenizer is missing, incomplete, or cannot be loaded."""
 
 
+class SuiteError(KLDError):
+    """A suite file cannot be read or has a mistake, or one of its Subjects cannot be run."""
+
+
 class CorpusError(KLDError):
     """The text is missing, empty, or too short for the requested windows."""
 
@@ -46,12 +50,28 @@ class CacheError(KLDError):
     """The cache directory cannot be used: not writable, or the disk is full."""
 
 
+class RemoteError(KLDError):
+    """The shared cache cannot be reached, read or written, or there is none at its URL."""
+
+
+class ArchiveError(KLDError):
+    """An archive of captures cannot be made, or is damaged, incomplete or not an archive."""
+
+
 class ReportError(KLDError):
     """A report cannot be written: its path is not a regular file, is not writable, or the disk is full."""
 
 
 class ScoresError(KLDError):
     """A scores table is corrupt or has no valid position."""
+
+
+class FloorError(KLDError):
+    """The runs of one Subject differ by more than a limit allows, or a Subject cannot be run twice."""
+
+
+class BaselineError(KLDError):
+    """A baseline is missing, damaged, or was measured in another way."""
 
 
 class DamagedScoresError(ScoresError):

@@ -60,9 +60,12 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json_bytes(value))
 
 
-def json_bytes(value: Any) -> bytes:
-    r"""Return indented JSON in UTF-8. Unsafe characters are escaped, so that names that are not UTF-8 survive."""
-    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
+def json_bytes(value: Any, *, sort: bool = True) -> bytes:
+    r"""Return indented JSON in UTF-8, with sorted names unless their order means something.
+
+    Unsafe characters are escaped, so that names that are not UTF-8 survive.
+    """
+    text = json.dumps(value, indent=2, sort_keys=sort, allow_nan=False, ensure_ascii=False)
     return f"{json_escaped(text)}\n".encode()
 
 
@@ -98,6 +101,20 @@ def write_report(path: Path, contents: bytes) -> None:
         write_atomically(path, contents)
     except CacheError as error:
         raise ReportError(str(error.__cause__)) from error.__cause__
+
+
+def append_report(path: Path, contents: bytes) -> None:
+    """Append to a file that others write to as well. It is made if it is missing.
+
+    Raises:
+        ReportError: the file cannot be written.
+
+    """
+    try:
+        with path.open("ab") as file:
+            file.write(contents)
+    except OSError as error:
+        raise ReportError(str(error)) from error
 
 
 def sha256_of_file(path: Path) -> str:

@@ -22,11 +22,15 @@ _BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
 _SECRET_WORDS = frozenset({"KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "CREDENTIALS"})
 _DIGEST_CHARACTERS = 12
 _SUSPECT = re.compile(r"[^\x20-\x7e]")
+_COMMAND = re.compile(r"^(\s*):(?=:)|#(?=#\w*\[)", flags=re.MULTILINE)
+"""What makes a line of a log a command to a CI runner: `::error::` at its start (GitHub), and `##[error]` (GitHub),
+`##vso[…]` (Azure) and `##teamcity[…]` anywhere."""
 
 
 def plain(text: str, keep: str = "") -> str:
     r"""Return text with each unsafe character written as a Python escape: `\x1b`, `\u202e`, `\udcff`.
 
+    So is the first character of what a CI runner would take for a command: `\x3a:error::`, `\x23#[error]`.
     Escaping twice changes nothing.
 
     Args:
@@ -34,7 +38,27 @@ def plain(text: str, keep: str = "") -> str:
         keep: characters to leave unchanged; `LINES` for a text of several lines.
 
     """
-    return _SUSPECT.sub(lambda match: match[0] if match[0] in keep else _shown(match[0]), text)
+    shown = _SUSPECT.sub(lambda match: match[0] if match[0] in keep else _shown(match[0]), text)
+    return _COMMAND.sub(lambda match: _escape("#") if match[0] == "#" else f"{match[1]}{_escape(':')}", shown)
+
+
+def show_token(text: str) -> str:
+    """Make the spaces and control characters of a token visible."""
+    shown = {" ": "␣", "\n": "↵"}
+    return "".join(shown.get(char) or (char if char.isprintable() else ascii(char)[1:-1]) for char in text)
+
+
+def in_code_span(text: str) -> str:
+    r"""Return text as a code span of Markdown, in which nothing is markup, for a paragraph, a list or a table.
+
+    A grave accent would end the span and a bar the cell of a table, so they are spelled out: `\x60`, `\x7c`. GitHub
+    makes no links or mentions of what is in a code span.
+    """
+    return f"`{plain(text).replace('`', _escape('`')).replace('|', _escape('|')) or ' '}`"
+
+
+def _escape(char: str) -> str:
+    return f"\\x{ord(char):02x}"
 
 
 def secret_digest(name: str, value: str) -> str:

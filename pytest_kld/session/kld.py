@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_kld.errors import ScoresError
 from pytest_kld.gate.figure import Figure
@@ -13,7 +13,10 @@ from pytest_kld.gate.verdict import Verdict, judge
 if TYPE_CHECKING:
     from pytest_kld.diagnosis import Diagnosis
     from pytest_kld.figures.interval import Interval
+    from pytest_kld.figures.saw import Saw
     from pytest_kld.figures.scores import Scores
+    from pytest_kld.gate.baseline import Held
+    from pytest_kld.gate.floor import Floor
     from pytest_kld.subjects.subject import Subject
 
 
@@ -33,6 +36,9 @@ class KLD:
         summary: every figure; with several datasets, their macro average.
         intervals: a confidence interval of each figure that has one; empty without --kld-confidence.
         diagnosis: where the candidate departs from the reference, see `diagnosis.Diagnosis`.
+        floor: what two runs of each side differ by, see `floor.Floor`; None without --kld-floor.
+        baseline: the earlier result that this one is held against, see `baseline.Held`; None if there is none.
+        saw: what the gate saw and what it did not, see `saw.Saw`.
 
     """
 
@@ -46,6 +52,7 @@ class KLD:
         each_dataset: bool = False,
         confidence: float | None = None,
         spend: float = 1.0,
+        floor: Floor | None = None,
     ) -> None:
         """Compute the figures from the scores. See `uncertainty.intervals` for `spend`.
 
@@ -70,7 +77,10 @@ class KLD:
         self._dataset_intervals: dict[str, dict[str, Interval]] = {}
         if confidence is not None:
             self._find_intervals(confidence, spend)
+        self.floor = floor
         self.diagnosis: Diagnosis | None = None
+        self.baseline: Held | None = None
+        self.saw: Saw | None = None
         self.verdict()  # a limit that cannot be checked is an error before the test's body, not a failure after it
 
     def __repr__(self) -> str:
@@ -82,14 +92,51 @@ class KLD:
         )
 
     def verdict(self) -> Verdict:
-        """Check the figures against the limits."""
+        """Check the figures against the limits and against the baseline."""
         windows = len(self.scores.columns["flags"])
-        checks = judge(self.summary.to_json(), self.bounds, intervals=self.intervals, windows=windows).checks
+        checks = judge(
+            self.summary.to_json(), self.bounds, intervals=self.intervals, windows=windows, floor=self.floor
+        ).checks
         if self.each_dataset and len(self.datasets) > 1:
             for name, summary in self.datasets.items():
-                known, windows = self._dataset_intervals.get(name), self._dataset_windows[name]
-                checks += judge(summary.to_json(), self.bounds, name, intervals=known, windows=windows).checks
-        return Verdict(checks=checks)
+                checks += judge(
+                    summary.to_json(),
+                    self.bounds,
+                    name,
+                    intervals=self._dataset_intervals.get(name),
+                    windows=self._dataset_windows[name],
+                    floor=None if self.floor is None else self.floor.datasets[name],
+                ).checks
+        return Verdict(checks=checks, changes=() if self.baseline is None else self.baseline.changes)
+
+    def measured(self, *, profile: bool) -> dict[str, Any]:
+        """Return the fields of a GateResult that follow from the scores and the limits, with a profile on request."""
+        from pytest_kld.figures.profile import profile_of
+        from pytest_kld.gate.result import checks_of
+
+        return {
+            "figures": self.summary.to_json(),
+            "datasets": {name: summary.to_json() for name, summary in self.datasets.items()},
+            "intervals": {name: interval.to_json() for name, interval in self.intervals.items()},
+            "checks": checks_of(self.verdict()),
+            "about": self.scores.about,
+            "diagnosis": dict(self.diagnosis) if self.diagnosis else None,
+            "saw": dict(self.saw) if self.saw else None,
+            "profile": profile_of(self.scores) if profile else None,
+            "baseline": None if self.baseline is None else self.baseline.to_json(),
+            "floor": self.floor_to_json(),
+        }
+
+    def floor_to_json(self) -> dict[str, Any] | None:
+        """Return the floor as plain data, with the figures that are below twice of it; None if there is none."""
+        if self.floor is None:
+            return None
+        datasets = {name: summary.to_json() for name, summary in self.datasets.items()}
+        return self.floor.to_json(self.summary.to_json(), datasets)
+
+    def explain(self) -> str:
+        """Explain the verdict: which limits were exceeded, by how much, and which were not."""
+        return self.verdict().explain(self.candidate, self.reference, self.summary.to_json())
 
     def _find_intervals(self, confidence: float, spend: float) -> None:
         from pytest_kld.figures.uncertainty import intervals, macro_average
@@ -193,6 +240,16 @@ class KLD:
     def abs_entropy_difference(self) -> Figure:
         """Mean absolute difference of the entropies in nats."""
         return self._figure("abs_entropy_difference")
+
+    @property
+    def decode_gap(self) -> Figure:
+        """Mean KL(prefill ‖ decode) of the candidate against itself in nats; with --kld-path=both, when it decodes."""
+        return self._figure("decode_gap")
+
+    @property
+    def experts_seen(self) -> Figure:
+        """Share of the candidate's experts that at least one position was routed to."""
+        return self._figure("experts_seen")
 
     @property
     def _pair(self) -> str:

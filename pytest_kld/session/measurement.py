@@ -1,25 +1,25 @@
-"""A session's measurement: obtains windows, captures and scores, from the cache if it has them."""
+"""A session's measurement: obtains windows and captures, from the cache if it has them."""
 
 from __future__ import annotations
 
-import os
+from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_kld.captures.cache import Cache, format_bytes
-from pytest_kld.captures.library import CaptureLibrary, say_set_aside
+from pytest_kld.captures.library import CaptureLibrary
 from pytest_kld.captures.recording import require_fits
 from pytest_kld.captures.sweep import sweep
+from pytest_kld.engines.registry import SERVED
 from pytest_kld.engines.served.engine import ServedEngine
-from pytest_kld.errors import DamagedScoresError, ModelError, ServerError
-from pytest_kld.figures.compare import compare, scores_key
+from pytest_kld.errors import CorpusError, KLDError, ModelError, ServerError
 from pytest_kld.figures.schedule import rounds_of
-from pytest_kld.figures.scores import Scores
-from pytest_kld.kernel.device import pick_device
-from pytest_kld.servers.leases import lease_device, lease_directory
+from pytest_kld.progress import Relay
 from pytest_kld.session.engines import make_engine
-from pytest_kld.session.subjects import candidates_of
+from pytest_kld.session.scoring import Scoring
+from pytest_kld.session.side_by_side import SideBySide, job_name
+from pytest_kld.session.subjects import candidates_of, on_path
 from pytest_kld.subjects.digests import MEMO, FileDigests
 from pytest_kld.subjects.model import ModelSpec, is_capture
 from pytest_kld.text.corpus import load_corpus
@@ -35,31 +35,37 @@ from pytest_kld.text.windows import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
-    import torch
+    from collections.abc import Callable, Sequence
 
     from pytest_kld.captures.capture import Capture
+    from pytest_kld.captures.library import Whereabouts
+    from pytest_kld.captures.shared import SharedCache
     from pytest_kld.engines import Engine
     from pytest_kld.engines.served.pool import ServerHandle
     from pytest_kld.progress import Progress
     from pytest_kld.session.config import KLDConfig
-    from pytest_kld.subjects.subject import Subject
+    from pytest_kld.session.subjects import Role
+    from pytest_kld.subjects.subject import EnginePath, Subject
 
 
 class Measurement:
-    """Turns the configuration into captures and scores, each made at most once."""
+    """Turns the configuration into captures, each made at most once; `scoring` turns pairs of them into scores."""
 
-    def __init__(self, config: KLDConfig, progress: Progress) -> None:
+    def __init__(self, config: KLDConfig, progress: Progress, *, decodes: bool = False) -> None:
         """Open the cache and sweep it; nothing else happens yet.
+
+        Args:
+            config: the settings.
+            progress: receives notes.
+            decodes: whether any test with these settings decodes.
 
         Raises:
             CacheError: the cache directory cannot be written.
 
         """
         self.config = config
-        self.progress = progress
+        self.progress = progress = Relay(progress)
+        self.ahead: SideBySide | None = None
         self.cache = Cache(config.cache_dir, config.started if config.refresh else None)
         self.digests = FileDigests(
             kind=config.hash, memo=config.cache_dir / MEMO, fresh=config.refresh, note=progress.note
@@ -68,18 +74,29 @@ class Measurement:
         self.library = CaptureLibrary(
             cache=self.cache,
             engine=self.engine,
+            make_room=self._close_engines,
             identify=self.identify,
             store=config.store,
             progress=progress,
             strict=config.strict_cache,
+            shared=_shared_cache(config, progress),
         )
+        self.scoring = Scoring(config=config, library=self.library, make_room=self._close_engines, progress=progress)
+        self._decodes = decodes
         self._engines: dict[str, Engine] = {}
+        self._unfit: dict[str, KLDError] = {}
+        self._beside: list[Subject] = []
 
     def engine(self, name: str) -> Engine:
         """Return an engine by its name, made on first use."""
         if name not in self._engines:
-            self._engines[name] = make_engine(name, self.config, self.progress)
+            self._engines[name] = make_engine(name, self.config, self.progress, decodes=self._decodes)
         return self._engines[name]
+
+    @property
+    def engines(self) -> list[Engine]:
+        """The engines that were made so far."""
+        return list(self._engines.values())
 
     def identify(self, model: ModelSpec) -> dict[str, Any]:
         """Return what determines a pinned model's bits. See `ModelSpec.identity`."""
@@ -92,6 +109,9 @@ class Measurement:
             CacheError: an entry cannot be removed.
 
         """
+        if self.ahead is not None:
+            self.ahead.stop()
+        self.progress.flush()
         self._close_engines()
         if self.config.cache_size is None:
             return
@@ -153,6 +173,7 @@ class Measurement:
                     size=config.window_size,
                     stride=config.stride,
                     label=label,
+                    taken_from=config.windows_from,
                 )
                 for dataset in config.dataset
             ]
@@ -167,128 +188,221 @@ class Measurement:
         """
         engine = self.engine(subject.engine)
         if not isinstance(engine, ServedEngine):
-            raise ServerError("kld_server needs SGLang: install it, or give --kld-engine=sglang")
+            choices = " or ".join(f"--kld-engine={name}" for name in SERVED)
+            raise ServerError(f"kld_server needs an engine with servers: install one, or give {choices}")
         if "url" in subject.arguments:
             raise ServerError(
                 f"{subject.name} is served at {subject.arguments['url']}, but kld_server boots its own servers"
             )
+        self._close_engines(subject.engine)
         return engine.servers.get(subject.pin().spec, subject.arguments["args"], subject.environment)
 
-    def capture(self, subject: Subject, windows: Windows) -> Capture:
-        """Return the reference's capture, from the cache or made now; with --kld-windows=auto, the first round's."""
-        return self.library.obtain(
-            subject, self._first(windows), rounds=self._rounds(windows), before=lambda: self._check_candidates(windows)
-        )
+    def on_path(self, windows: Windows, path: EnginePath) -> Windows:
+        """Return windows as they are run on a path through the engine.
 
-    def candidate_capture(self, subject: Subject, windows: Windows, reference: Capture) -> Capture:
+        Raises:
+            CorpusError: a prompt leaves no continuation.
+
+        """
+        if path == "prefill":
+            return windows.prefilled()
+        return windows.decoded(self.config.prompt_size, self.config.concurrency)
+
+    def reference_on(self, path: EnginePath, reference: Capture, windows: Windows) -> Capture:
+        """Return the reference's capture on a path: this one, or another of the same Subject."""
+        subject = self.library.subject_of(reference)
+        if subject is None or subject.path == path:
+            return reference
+        return self.capture(replace(subject, path=path), windows)
+
+    def capture(self, subject: Subject, windows: Windows, also: Sequence[EnginePath] = ()) -> Capture:
+        """Return the reference's capture, from the cache or made now; with --kld-windows=auto, the first round's.
+
+        Args:
+            subject: the reference.
+            windows: the windows, on whichever path.
+            also: other paths on which it will be needed; see `capture_beside`.
+
+        Raises:
+            CorpusError: a project's own windows are not spread over the text although that is requested.
+
+        """
+        if self.config.windows_from == "spread" != windows.taken_from:
+            raise CorpusError(
+                "--kld-windows-from=spread has no effect here: the project's own fixture `kld_windows` gives windows "
+                "that are not spread over the text. Leave the option out, or remove the fixture."
+            )
+        windows = self.on_path(windows, subject.path)
+        self._wait(subject, is_reference=True)
+        rounds = self._rounds(windows)
+        captured = self.library.obtain(
+            subject, rounds[0], rounds=rounds, before=lambda: self._check_candidates(windows)
+        )
+        if self.ahead is None:  # else all paths were captured ahead
+            self.capture_beside(subject, windows, also, self._check_candidates)
+        return captured
+
+    def candidate_capture(
+        self, subject: Subject, windows: Windows, reference: Capture, also: Sequence[EnginePath] = ()
+    ) -> Capture:
         """Return a candidate's capture, from the cache or made now; with --kld-windows=auto, the first round's.
 
         The reference's capture is verified before the candidate's model is loaded, so that no expensive run is wasted.
+
+        Args:
+            subject: the candidate.
+            windows: the windows, on whichever path.
+            reference: what it is compared with.
+            also: other paths on which it will be needed; see `capture_beside`.
+
         """
+        windows = self.on_path(windows, subject.path)
         if not is_capture(subject.spec.path):
             self._check_tokens(subject.pin(), windows)
+        self._wait(subject, is_reference=False)
 
         def check() -> None:
             self._require_fits(subject.pin(), windows)
             self.library.verify(self.library.current(reference))
 
-        return self.library.mending(
-            lambda: self.library.obtain(subject, self._first(windows), rounds=self._rounds(windows), before=check)
-        )
+        rounds = self._rounds(windows)
+        captured = self.library.mending(lambda: self.library.obtain(subject, rounds[0], rounds=rounds, before=check))
+        compared = self.library.subject_of(reference)
+        if self.ahead is None and compared is not None:
+            known = [path for path in also if self.whereabouts(on_path(compared, path), windows) != "nowhere"]
+            self.capture_beside(subject, windows, known)
+        return captured
+
+    def capture_again(
+        self,
+        subject: Subject,
+        windows: Windows,
+        rounds: Sequence[Windows],
+        also: Sequence[EnginePath] = (),
+        *,
+        role: Role,
+    ) -> Capture:
+        """Return a capture of a Subject's second run, from the cache or made now by a server or a load of its own.
+
+        Args:
+            subject: what was captured in the first run.
+            windows: what the capture must cover, on the Subject's path.
+            rounds: the windows of every round, the last of which are all.
+            also: other paths on which it will be needed; see `capture_beside`.
+            role: what the Subject is in this session.
+
+        """
+        again = replace(subject, run=2)
+        self._wait(again, is_reference=role == "reference")
+        captured = self.library.mending(lambda: self.library.obtain(again, windows, rounds=rounds))
+        if self.ahead is None:
+            self.capture_beside(again, rounds[-1], also)
+        return captured
+
+    def capture_beside(
+        self,
+        subject: Subject,
+        windows: Windows,
+        paths: Sequence[EnginePath],
+        check: Callable[[Windows], None] = lambda _: None,
+    ) -> None:
+        """Capture a Subject on further paths while its server is up, so that one boot serves them all.
+
+        What prevents that is left to the test that needs the capture: it tries again, and reports it. So each is tried
+        only once here.
+
+        Args:
+            subject: what was captured just now.
+            windows: the windows, on whichever path.
+            paths: the further paths.
+            check: called with the windows on a path before they are run; raises if the run would be useless.
+
+        """
+        if is_capture(subject.spec.path) or "url" in subject.arguments:
+            return
+        if not isinstance(self.engine(subject.engine), ServedEngine):  # it keeps no model loaded
+            return
+        for other in (on_path(subject, path) for path in paths):
+            if other in self._beside:
+                continue
+            self._beside.append(other)
+            with suppress(KLDError):
+                rounds = self._rounds(self.on_path(windows, other.path))
+                self.library.obtain(other, rounds[0], rounds=rounds, before=partial(check, rounds[-1]))
+
+    def whereabouts(self, subject: Subject, windows: Windows) -> Whereabouts:
+        """Tell where the capture of a pinned Subject is; with --kld-windows=auto, that of the first round."""
+        return self.library.whereabouts(subject, self._rounds(self.on_path(windows, subject.path))[0])
+
+    def _wait(self, subject: Subject, *, is_reference: bool) -> None:
+        """Wait for a capture that is made ahead of its test, if this is one."""
+        if self.ahead is not None:
+            self.ahead.wait(job_name(subject, is_reference=is_reference), self.progress.flush)
+
+    def find_unfit(
+        self, subjects: Sequence[Subject], windows: Windows, complete: Callable[[Subject], Subject]
+    ) -> list[Subject]:
+        """Look for problems with a suite's candidates before anything runs; `require_fit` reports them one by one.
+
+        Args:
+            subjects: the candidates.
+            windows: the windows that they will run over.
+            complete: returns a candidate as it will be run, or raises.
+
+        Returns:
+            The candidates without problems, as they will be run.
+
+        Raises:
+            KLDError: none of the candidates can be run.
+
+        """
+        fit = []
+        for subject in subjects:
+            if is_capture(subject.spec.path):
+                fit.append(subject)
+                continue
+            try:
+                completed = complete(subject)
+                pinned = completed.pin()
+                self._require_fits(pinned, windows)
+                self._check_tokens(pinned, windows)
+                if "url" not in subject.arguments:
+                    self.engine(subject.engine).fingerprint(pinned)  # finds an engine that is not installed
+                fit.append(completed)
+            except KLDError as error:
+                self._unfit[subject.id] = error
+        if subjects and len(self._unfit) == len(subjects):
+            raise next(iter(self._unfit.values()))
+        return fit
+
+    def require_fit(self, subject: Subject) -> None:
+        """Raise the problem that `find_unfit` found with a candidate, if any."""
+        if (problem := self._unfit.get(subject.id)) is not None:
+            raise problem
 
     def extend(self, capture: Capture, windows: Windows, rounds: Sequence[Windows]) -> Capture:
         """Return a capture of the same Subject that covers at least these windows. See `CaptureLibrary.extend`."""
         return self.library.extend(capture, windows, rounds=rounds, before=lambda: self._check_candidates(rounds[-1]))
 
-    def scores(
-        self,
-        reference: Capture,
-        candidate: Capture,
-        windows: Windows,
-        *,
-        extended: bool = False,
-        known: Scores | None = None,
-    ) -> Scores:
-        """Return the scores of a pair: saved ones, without reading a capture's contents, or those computed now.
-
-        Saved scores that lack the extended columns are replaced if those columns are needed. `known` are scores of the
-        same pair's first windows. Damaged captures and damaged scores in the cache are recreated.
-
-        Raises:
-            DamagedCaptureError: a capture that was named by its path is damaged.
-
-        """
-        return self.library.mending(
-            lambda: self._scores(
-                self.library.current(reference),
-                self.library.current(candidate),
-                windows,
-                extended=extended,
-                known=known,
-            )
-        )
-
-    def _scores(
-        self, reference: Capture, candidate: Capture, windows: Windows, *, extended: bool, known: Scores | None
-    ) -> Scores:
-        config = self.config
-        key = scores_key(reference, candidate, windows, config.head)
-        path = self.cache.scores_entry(key)
-        with self.cache.lock(path, lambda: self._say_waiting(f"scores of {candidate.name}")):
-            saved = self._saved_scores(path, key)
-            if saved is not None and (saved.extended or not extended):
-                # The token ids are the same, but their datasets may have other names by now.
-                return replace(saved, about={**saved.about, "protocol": windows.protocol()})
-            for capture in (reference, candidate):
-                self.library.verify(capture)
-            self._close_engines()  # a comparison needs the memory that a server holds
-            device = pick_device(config.device)
-            with lease_device(str(device), os.environ, lease_directory(), lambda: self._say_leased(device)):
-                scores = compare(
-                    reference,
-                    candidate,
-                    windows,
-                    head=config.head,
-                    device=device,
-                    progress=self.progress,
-                    extended=extended,
-                    known=known,
-                )
-            for capture in (reference, candidate):
-                capture.require_unchanged()
-            scores.save(path, key)
-        return scores
-
-    def _saved_scores(self, path: Path, key: dict[str, Any]) -> Scores | None:
-        """Return the scores in the cache; None if they are missing, or if they were damaged and are now set aside."""
-        if not self.cache.holds(path) and (self.cache.refreshed_since is not None or not path.exists()):
-            return None
-        try:
-            return Scores.load(path, key)
-        except DamagedScoresError as damage:
-            if self.config.strict_cache:
-                raise
-            say_set_aside(path, self.cache.quarantine.take(path), damage.what, self.progress)
-            return None
-
-    def _first(self, windows: Windows) -> Windows:
-        """Return the windows that are captured first."""
-        return self._rounds(windows)[0]
-
     def _rounds(self, windows: Windows) -> list[Windows]:
-        return rounds_of(windows) if self.config.adaptive else [windows]
+        """Return the windows that are captured first, then those of each further round."""
+        return rounds_of(windows, adaptive=self.config.adaptive)
 
     def _check_candidates(self, windows: Windows) -> None:
-        """Find problems with a candidate before the reference runs, which may take hours."""
+        """Find problems with a candidate before the reference runs on these windows, which may take hours."""
+        path: EnginePath = "prefill" if windows.decoding is None else "decode"
         for subject in candidates_of(self.config):
             if not is_capture(subject.spec.path):
-                pinned = subject.pin()
+                pinned = on_path(subject, path).pin()
                 self._require_fits(pinned, windows)
                 self.identify(pinned.spec)
                 self._check_tokens(pinned, windows)
 
     def _require_fits(self, subject: Subject, windows: Windows) -> None:
-        require_fits(self.engine(subject.engine).facts(subject), windows, subject.label)
+        facts = self.engine(subject.engine).facts(subject)
+        require_fits(facts, windows, subject.label)
+        if "min_experts_seen" in self.config.bounds and facts.experts is None:
+            raise ModelError(f"--kld-min-experts-seen: {subject.label} is dense: it has no experts to meet")
 
     def _check_tokens(self, subject: Subject, windows: Windows) -> None:
         """Reject a candidate that gives the ids another meaning, unless a tokenizer was named for both sides."""
@@ -303,12 +417,23 @@ class Measurement:
             return
         check_same_tokens(windows, self.tokenizer, theirs, subject.name)
 
-    def _close_engines(self) -> None:
-        for engine in self._engines.values():
-            engine.close()
+    def _close_engines(self, but: str | None = None) -> None:
+        """Shut the engines down, except one: a comparison, or another engine, needs the memory of their servers."""
+        for name, engine in self._engines.items():
+            if name != but:
+                engine.close()
 
-    def _say_leased(self, device: torch.device) -> None:
-        self.progress.note(f"waiting for {device}, which another session is using")
 
-    def _say_waiting(self, what: str) -> None:
-        self.progress.note(f"waiting for another process, which is making the {what}")
+def _shared_cache(config: KLDConfig, progress: Progress) -> SharedCache | None:
+    if config.cache_url is None:
+        return None
+    from pytest_kld.captures.remote import Remote
+    from pytest_kld.captures.shared import SharedCache
+
+    return SharedCache(
+        remote=Remote(config.cache_url),
+        push=config.cache_push,
+        read=not config.refresh,
+        strict=config.strict_cache,
+        progress=progress,
+    )

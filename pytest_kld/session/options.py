@@ -1,21 +1,15 @@
-"""Every option and ini key: its name, its help, and how its text is parsed."""
+"""Every option and ini key: its name, its help, and the parser of its text."""
 
 from __future__ import annotations
 
-import os
-import re
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pytest_kld.errors import ServerError
-from pytest_kld.gate.limits import LIMITS, Limit
-from pytest_kld.gate.number import decimal_number, shown, whole_number
-
-if TYPE_CHECKING:  # imported when parsing: sessions without such options do not pay for them
-    from pytest_kld.subjects.model import ModelSpec
+from pytest_kld.gate.limits import LIMITS, MATRIX_LIMITS, PATHS
+from pytest_kld.gate.speed_limits import SPEED_LIMITS
+from pytest_kld.session import parsers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +25,8 @@ class Option:
             is the directory that relative paths start from.
         repeatable: may be given several times; in ini files, one value per line.
         flag: takes no value.
+        in_suite: whether a suite file may set it under `[protocol]`; the others hold for the whole session, or a suite
+            has its own words for them.
 
     """
 
@@ -41,6 +37,7 @@ class Option:
     parse: Callable[[str, Path], Any] = lambda text, _: text
     repeatable: bool = False
     flag: bool = False
+    in_suite: bool = False
 
     @property
     def option(self) -> str:
@@ -53,377 +50,325 @@ class Option:
         return f"kld_{self.name}"
 
 
-_MOST_WINDOWS = 10_000_000
-_LONGEST_WINDOW = 10_000_000
-"""In tokens: as long as the longest contexts that models are made for."""
-_LONGEST_STRIDE = 1_000_000_000
-"""In tokens: at this stride, the start of the last of `_MOST_WINDOWS` windows still fits in 64 bits."""
-_LONGEST_WAIT = 1_000_000
-"""In seconds: eleven days."""
-_GREATEST_CONFIDENCE = 0.999999
-_GREATEST_SIZE = 1e18
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(kB|MB|GB|TB)")
-_UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
-
-
-def _path(text: str, base: Path) -> Path:
-    return _in_utf8((base / Path(text).expanduser()).resolve())
-
-
-def _in_utf8(path: Path) -> Path:
-    """Reject a path that safetensors could not open, before anything is measured."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{path} is not UTF-8, and safetensors cannot open files there; rename it") from None
-    return path
-
-
-def _model(text: str, base: Path) -> ModelSpec:
-    from pytest_kld.subjects.model import ModelSpec
-
-    model = ModelSpec.parse(text, base)
-    if model.path is not None:
-        _in_utf8(model.path)
-    return model
-
-
-def parse_report(text: str, base: Path) -> Path:
-    """Reject now what could not be written after the measurement. A link to a regular file is followed."""
-    from pytest_kld.files import TEMPORARY_SUFFIX_BYTES
-
-    named = base / Path(text).expanduser()
-    path = named.resolve()
-    if named.exists() and not named.is_file():  # checked before resolving: /dev/stdout may lead to no path at all
-        raise ValueError(f"expected a file that can be written, got {text!r} ({path}), which is not a regular file")
-    above = next(parent for parent in path.parents if parent.exists())
-    too_long = len(os.fsencode(path.name)) > os.pathconf(above, "PC_NAME_MAX") - TEMPORARY_SUFFIX_BYTES
-    if too_long or not path.name or not above.is_dir() or not os.access(above, os.W_OK):
-        raise ValueError(f"expected a file that can be written, got {text!r} ({path})")
-    return path
-
-
-def _dataset(text: str, base: Path) -> str:
-    """Keep names; make a file named in an ini file relative to the directory in which pytest was called."""
-    if not Path(text).suffix:
-        return text
-    from pytest_kld.text.corpus import CORPUS_FILES
-
-    if Path(text).suffix not in CORPUS_FILES or Path(text).expanduser().is_absolute():
-        return text
-    return os.path.relpath(base / text)
-
-
-def _choice(*choices: str) -> Callable[[str, Path], str]:
-    def parse(text: str, _: Path) -> str:
-        if text not in choices:
-            raise ValueError(f"expected one of {', '.join(choices)}, got {text!r}")
-        return text
-
-    return parse
-
-
-def _whole(least: int, greatest: int) -> Callable[[str, Path], int]:
-    def parse(text: str, _: Path) -> int:
-        number = whole_number(text)
-        if number is None or number < least:
-            raise ValueError(f"expected a whole number of at least {least}, got {shown(text)}")
-        if number > greatest:
-            raise ValueError(f"expected a whole number of at most {greatest:,}, got {shown(text)}")
-        return number
-
-    return parse
-
-
-def _window_count(text: str, base: Path) -> int | None:
-    try:
-        return None if text == "max" else _whole(1, _MOST_WINDOWS)(text, base)
-    except ValueError as error:
-        raise ValueError(f"{error} (or `max` for as many as the text yields, or `auto`)") from None
-
-
-def _window_plan(text: str, base: Path) -> tuple[int | None, bool]:
-    """Return the maximum number of windows, and whether to stop earlier if fewer decide every limit."""
-    word, _, most = text.partition(":")
-    if word != "auto":
-        return _window_count(text, base), False
-    return _window_count(most or "100", base), True
-
-
-def _confidence(text: str, _: Path) -> float:
-    number = decimal_number(text)
-    if number is None or not 0.5 <= number <= _GREATEST_CONFIDENCE:
-        raise ValueError(
-            f"expected a number of at least 0.5 and at most {_GREATEST_CONFIDENCE}, e.g. 0.95, got {shown(text)}"
-        )
-    return number
-
-
-def _size(text: str, _: Path) -> int:
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        raise ValueError(f"expected a size such as 500GB or 1.5TB, got {shown(text)}")
-    number = float(match[1]) * _UNITS[match[2]]
-    if number > _GREATEST_SIZE:
-        raise ValueError(f"expected a size of at most 1000000TB, got {shown(text)}")
-    return round(number)
-
-
-def _device(text: str, _: Path) -> str:
-    if text not in ("auto", "cpu", "cuda") and not re.fullmatch("cuda:[0-9]{1,3}", text):
-        raise ValueError(f"expected auto, cpu, cuda or cuda:N, got {shown(text)}")
-    return text
-
-
-def _command(text: str, _: Path) -> tuple[str, ...]:
-    from pytest_kld.engines.sglang.arguments import parse_command
-
-    return parse_command(text)
-
-
-def _server_flags(text: str, _: Path) -> tuple[str, ...]:
-    from pytest_kld.engines.sglang.arguments import check_arguments
-
-    flags = tuple(shlex.split(text))
-    try:
-        check_arguments(flags, text)
-    except ServerError as error:
-        raise ValueError(str(error)) from None
-    return flags
-
-
-def _variable(text: str, _: Path) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise ValueError(f"expected NAME=VALUE, got {text!r}")
-    return name, value
-
-
-def _url(text: str, _: Path) -> str:
-    if not text.startswith(("http://", "https://")):
-        raise ValueError(f"expected http://HOST:PORT, got {text!r}")
-    return text.rstrip("/")
-
-
-def _bound(limit: Limit) -> Callable[[str, Path], float]:
-    return lambda text, _: limit.parse(text)
-
-
 OPTIONS: tuple[Option, ...] = (
     Option(
         name="ref",
         metavar="MODEL",
-        parse=_model,
+        parse=parsers.model,
         help="Reference model: a local directory, a hub id with optional @REVISION, or a capture directory.",
     ),
     Option(
         name="candidate",
         metavar="MODEL",
-        parse=_model,
+        parse=parsers.model,
         repeatable=True,
         help="Candidate model to gate against the reference. Takes the same kinds of value as --kld-ref. Repeatable.",
     ),
     Option(
         name="tokenizer",
+        in_suite=True,
         metavar="MODEL",
-        parse=_model,
+        parse=parsers.model,
         help="Model whose tokenizer splits the text into tokens for both sides. Default: the reference's.",
     ),
     Option(
         name="dataset",
+        in_suite=True,
         metavar="TEXT",
         default="wikitext-2",
-        parse=_dataset,
+        parse=parsers.dataset,
         repeatable=True,
         help="Text to measure on: wikitext-2, python-docs (offline), a .txt, .jsonl (text or messages) or .parquet "
         "file, or hf:NAME[:CONFIG][:SPLIT]. Repeatable: figures are then averaged over the datasets.",
     ),
     Option(
         name="each_dataset",
+        in_suite=True,
         flag=True,
         help="With several datasets, check the limits on each dataset as well as on their average. Default: off.",
     ),
     Option(
         name="windows",
+        in_suite=True,
         metavar="N",
         default="100",
-        parse=_window_plan,
+        parse=parsers.window_plan,
         help="Number of windows, max for as many as the text yields, or auto[:N]: measure in rounds until every limit "
         "is decided, with at most N windows (100 if omitted; max is valid too).",
     ),
     Option(
+        name="windows_from",
+        in_suite=True,
+        metavar="PART",
+        default="start",
+        parse=parsers.choice("start", "spread"),
+        help="Where the windows are taken from: start (the beginning of the text) or spread (evenly over all of it).",
+    ),
+    Option(
         name="window_size",
+        in_suite=True,
         metavar="TOKENS",
         default="2048",
-        parse=_whole(2, _LONGEST_WINDOW),  # a window needs one token to condition on and one to predict
+        parse=parsers.whole(2, parsers.LONGEST_WINDOW),  # a window needs one token to condition on and one to predict
         help="Length of a window in tokens.",
     ),
     Option(
         name="stride",
+        in_suite=True,
         metavar="TOKENS",
         default="512",
-        parse=_whole(1, _LONGEST_STRIDE),
+        parse=parsers.whole(1, parsers.LONGEST_STRIDE),
         help="Distance in tokens between the starts of consecutive windows.",
     ),
     Option(
         name="skip_first",
+        in_suite=True,
         metavar="N",
         default="0",
-        parse=_whole(0, _LONGEST_WINDOW),
+        parse=parsers.whole(0, parsers.LONGEST_WINDOW),
         help="Exclude the first N positions of each window from the figures: fewer than N tokens precede them.",
     ),
     Option(
         name="metrics",
+        in_suite=True,
         metavar="METRICS",
         default="core",
-        parse=_choice("core", "all"),
+        parse=parsers.choice("core", "all"),
         help="Figures to compute: core, or all (needs a second pass). A limit on a figure outside core implies all.",
     ),
     Option(
+        name="matrix",
+        in_suite=True,
+        metavar="WHICH",
+        parse=parsers.choice("axes", "all"),
+        help="Compare candidates with each other, too, in a test of its own: axes compares those that differ only in "
+        "their axes, such as the MoE backend, and all compares all. Default: none.",
+    ),
+    Option(
         name="engine",
+        in_suite=True,
         metavar="ENGINE",
         default="auto",
-        parse=_choice("auto", "sglang", "transformers"),
-        help="Engine that runs the models: sglang (servers), transformers (in this process), or auto (sglang if it is "
-        "installed or named by another option, else transformers).",
+        parse=parsers.choice("auto", "sglang", "vllm", "transformers"),
+        help="Engine that runs the models: sglang or vllm (servers), transformers (in this process), or auto (the one "
+        "of sglang and vllm that is installed or whose command is given, else transformers).",
+    ),
+    Option(
+        name="candidate_engine",
+        metavar="ENGINE",
+        parse=parsers.choice("sglang", "vllm", "transformers"),
+        repeatable=True,
+        help="Engine that runs the candidates, if it is not that of the reference. Repeatable: one test for each "
+        "candidate and engine.",
+    ),
+    Option(
+        name="path",
+        in_suite=True,
+        metavar="PATH",
+        default="prefill",
+        parse=parsers.choice(*PATHS),
+        help="Path through the engine to measure: prefill (each window at once), decode (a prompt at once, then the "
+        "text's own tokens one at a time), or both (one test for each).",
+    ),
+    Option(
+        name="prompt_size",
+        in_suite=True,
+        metavar="TOKENS",
+        parse=parsers.whole(1, parsers.LONGEST_WINDOW),
+        help="With --kld-path=decode: length of the prompt that each window begins with. Its positions are not "
+        "measured. Default: a quarter of the window.",
+    ),
+    Option(
+        name="concurrency",
+        in_suite=True,
+        metavar="N",
+        default="8",
+        parse=parsers.whole(1, parsers.MOST_SEQUENCES),
+        help="With --kld-path=decode: number of sequences that are decoded together.",
     ),
     Option(
         name="confidence",
+        in_suite=True,
         metavar="X",
-        parse=_confidence,
+        parse=parsers.confidence,
         help="Check the limits against confidence intervals of this level, e.g. 0.95, instead of the figures "
         "themselves. Default: off; 0.95 with --kld-windows=auto.",
     ),
     Option(
         name="inconclusive",
+        in_suite=True,
         metavar="OUTCOME",
         default="fail",
-        parse=_choice("fail", "pass", "skip"),
+        parse=parsers.choice("fail", "pass", "skip"),
         help="Outcome of a test whose intervals leave a limit undecided: fail, pass or skip.",
     ),
     Option(
+        name="floor",
+        in_suite=True,
+        flag=True,
+        help="Capture each model twice, each time on a fresh server: what the two runs differ by is the floor of the "
+        "figures. Figures below twice the floor are marked; a floor above a limit is an error. Default: off.",
+    ),
+    Option(
         name="dtype",
+        in_suite=True,
         metavar="DTYPE",
         default="auto",
-        parse=_choice("auto", "float32", "bfloat16", "float16"),
+        parse=parsers.choice("auto", "float32", "bfloat16", "float16"),
         help="Dtype to load models in: auto (the checkpoint's), float32, bfloat16 or float16.",
     ),
     Option(
         name="device",
+        in_suite=True,
         metavar="DEVICE",
         default="auto",
-        parse=_device,
+        parse=parsers.device,
         help="Device to run and compare models on: auto (CUDA if available), cpu, cuda or cuda:N.",
     ),
     Option(
         name="trust_remote_code",
+        in_suite=True,
         flag=True,
         help="Allow models and tokenizers to run code from their repository. Default: off.",
     ),
     Option(
         name="sglang_command",
+        in_suite=True,
         metavar="COMMAND",
-        parse=_command,
+        parse=parsers.command("sglang"),
         help="Command that starts SGLang, ending with `-m sglang.launch_server`: through another interpreter, "
         "docker run or srun. Default: this interpreter.",
     ),
     Option(
+        name="vllm_command",
+        in_suite=True,
+        metavar="COMMAND",
+        parse=parsers.command("vllm"),
+        help="Command that starts vLLM, ending with `-m vllm.entrypoints.openai.api_server`: through another "
+        "interpreter, docker run or srun. Default: this interpreter.",
+    ),
+    Option(
         name="ref_args",
         metavar="FLAGS",
-        parse=_server_flags,
-        help='Flags for the reference\'s SGLang server, e.g. "--tp 8 --kv-cache-dtype bfloat16".',
+        parse=parsers.server_flags,
+        help='Flags of its engine for the reference\'s server, e.g. "--tp 8 --kv-cache-dtype bfloat16".',
     ),
     Option(
         name="candidate_args",
         metavar="FLAGS",
-        parse=_server_flags,
-        help="Flags for the candidates' SGLang servers.",
+        parse=parsers.server_flags,
+        help="Flags of their engine for the candidates' servers.",
     ),
     Option(
         name="ref_env",
         metavar="NAME=VALUE",
-        parse=_variable,
+        parse=parsers.variable,
         repeatable=True,
-        help="Environment variable for the reference's SGLang server. Repeatable.",
+        help="Environment variable for the reference's server. Repeatable.",
     ),
     Option(
         name="candidate_env",
         metavar="NAME=VALUE",
-        parse=_variable,
+        parse=parsers.variable,
         repeatable=True,
-        help="Environment variable for the candidates' SGLang servers. Repeatable.",
+        help="Environment variable for the candidates' servers. Repeatable.",
     ),
     Option(
         name="moe_backend",
         metavar="BACKEND",
         repeatable=True,
-        help="MoE runner backend of SGLang to gate each candidate with. Repeatable: one test for each backend.",
+        help="MoE backend of the server to gate each candidate with. Repeatable: one test for each backend.",
     ),
     Option(
         name="ref_url",
         metavar="URL",
-        parse=_url,
-        help="URL of a running SGLang server with the capture hook, used for the reference instead of booting one.",
+        parse=parsers.url,
+        help="URL of a running server with the capture hook, used for the reference instead of booting one.",
     ),
     Option(
         name="candidate_url",
         metavar="URL",
-        parse=_url,
+        parse=parsers.url,
         repeatable=True,
         help="The same for the candidates: one URL for each --kld-candidate, in the same order. Repeatable.",
     ),
     Option(
         name="api_key_env",
+        in_suite=True,
         metavar="NAME",
         help="Environment variable that holds the API key of the servers given by URL.",
     ),
     Option(
         name="capture_dir",
+        in_suite=True,
         metavar="DIR",
-        parse=_path,
-        help="Directory that the hook writes to. This process and SGLang's must see it under the same path. "
+        parse=parsers.path_of,
+        help="Directory that the hook writes to. This process and the server's must see it under the same path. "
         "Default: spool in the cache directory.",
     ),
     Option(
         name="startup_timeout",
+        in_suite=True,
         metavar="SECONDS",
         default="1800",
-        parse=_whole(1, _LONGEST_WAIT),
-        help="Time in seconds that an SGLang server may take to become ready.",
+        parse=parsers.whole(1, parsers.LONGEST_WAIT),
+        help="Time in seconds that a server may take to become ready.",
+    ),
+    Option(
+        name="cpu_servers",
+        metavar="N",
+        default="1",
+        parse=parsers.whole(1, 1000),
+        help="Number of servers that a suite file may run side by side on a machine without GPUs.",
     ),
     Option(
         name="store",
+        in_suite=True,
         metavar="STORE",
         default="auto",
-        parse=_choice("auto", "hidden", "logits", "logprobs"),
+        parse=parsers.choice("auto", "hidden", "logits", "logprobs"),
         help="What a capture stores: hidden (hidden states and the head), logits (in the engine's dtype), "
         "logprobs (in float32), or auto (hidden if the check rows confirm the head, else logits).",
     ),
     Option(
         name="head",
+        in_suite=True,
         metavar="HEAD",
         default="exact",
-        parse=_choice("exact", "native"),
+        parse=parsers.choice("exact", "native"),
         help="How logits are recomputed from hidden states: exact (float32) or native (the engine's rounding).",
     ),
     Option(
         name="cache_dir",
         metavar="DIR",
-        parse=_path,
+        parse=parsers.path_of,
         help="Directory for captures and scores. Default: pytest-kld in the user's cache directory.",
     ),
     Option(
         name="cache_size",
         metavar="SIZE",
-        parse=_size,
+        parse=parsers.size,
         help="Maximum size of the cache, e.g. 500GB. When a session ends, the least recently used captures and scores "
         "are removed, but none that was used in the last 24 hours. Default: no limit.",
     ),
     Option(
+        name="cache_url",
+        metavar="URL",
+        parse=parsers.cache_url,
+        help="Shared cache of captures, as a URL that fsspec opens: s3://…, gs://…, hf://…, https://… or file:///…. "
+        "Captures that the local cache lacks are downloaded from there.",
+    ),
+    Option(
+        name="cache_push",
+        flag=True,
+        help="Upload captures to the shared cache, and let sessions on other machines wait for them. Default: off.",
+    ),
+    Option(
         name="hash",
+        in_suite=True,
         metavar="HASH",
         default="sample",
-        parse=_choice("sample", "full"),
+        parse=parsers.choice("sample", "full"),
         help="How much of a local model's files is hashed to identify it in the cache: sample (small files in full; "
         "spans of every tensor and of the whole file for large ones) or full (every byte).",
     ),
@@ -434,25 +379,134 @@ OPTIONS: tuple[Option, ...] = (
         help="Report a damaged cache entry as an error instead of moving it to quarantine and recreating it. "
         "Default: off.",
     ),
-    Option(name="junit", metavar="FILE", parse=parse_report, help="Write a JUnit report: one suite per candidate."),
+    Option(
+        name="plan",
+        flag=True,
+        help="Show what would be measured, what is cached, which servers would be booted and on which GPUs, the disk "
+        "space and the probable time; measure nothing.",
+    ),
+    Option(
+        name="plan_json",
+        metavar="FILE",
+        parse=parsers.report_file,
+        help="Write that plan as JSON; measure nothing.",
+    ),
+    Option(
+        name="shard",
+        metavar="K/N",
+        parse=parsers.shard,
+        help="Gate only the K-th of N shares of the Subjects, e.g. 2/5. Each machine gets the same command with its K.",
+    ),
+    Option(
+        name="junit", metavar="FILE", parse=parsers.report_file, help="Write a JUnit report: one suite per candidate."
+    ),
     Option(
         name="json",
         metavar="FILE",
-        parse=parse_report,
+        parse=parsers.report_file,
         help="Write a JSON report: figures, protocol, versions and keys.",
     ),
     Option(
-        name="html", metavar="FILE", parse=parse_report, help="Write an HTML report: one file with charts and tables."
+        name="html",
+        metavar="FILE",
+        parse=parsers.report_file,
+        help="Write an HTML report: one file with charts and tables.",
+    ),
+    Option(
+        name="markdown",
+        metavar="FILE",
+        parse=parsers.report_file,
+        help="Write a Markdown summary for a pull request or a model card. In GitHub Actions it is also appended to "
+        "the job's summary.",
+    ),
+    Option(
+        name="baseline",
+        metavar="DIR",
+        parse=parsers.baselines,
+        help="Directory of baselines, as `pytest-kld baseline promote` makes them. Results are shown beside them.",
+    ),
+    Option(
+        name="max_regression",
+        metavar="FIGURE:AMOUNT",
+        parse=parsers.allowance,
+        repeatable=True,
+        help="How far a figure may fall behind its baseline: an amount (p99:0.01), or a share of the baseline with a "
+        "percent sign. Figures are named like limits without max or min. Repeatable.",
+    ),
+    Option(
+        name="throughput",
+        metavar="CONCURRENCIES",
+        parse=parsers.concurrencies,
+        help="Measure the speed of every served model at these numbers of concurrent requests, e.g. 1,4,16,64, with "
+        "the engine's own load generator. Default: off.",
+        in_suite=True,
+    ),
+    Option(
+        name="throughput_input",
+        metavar="TOKENS",
+        default="256",
+        parse=parsers.whole(1, parsers.LONGEST_WINDOW),
+        help="Length of each prompt under load in tokens.",
+        in_suite=True,
+    ),
+    Option(
+        name="throughput_output",
+        metavar="TOKENS",
+        default="128",
+        parse=parsers.whole(2, parsers.LONGEST_WINDOW),  # the time per output token needs two
+        help="Length of each answer under load in tokens.",
+        in_suite=True,
+    ),
+    Option(
+        name="throughput_rounds",
+        metavar="N",
+        default="3",
+        parse=parsers.whole(1, 1000),
+        help="How often each concurrency is measured. With --kld-confidence=0.95 a limit needs 6 rounds, a speedup 7.",
+        in_suite=True,
+    ),
+    Option(
+        name="throughput_failures",
+        metavar="N",
+        default="0",
+        parse=parsers.whole(0, parsers.MOST_WINDOWS),
+        help="Number of requests of a run under load that may fail.",
+        in_suite=True,
+    ),
+    Option(
+        name="throughput_args",
+        metavar="FLAGS",
+        parse=parsers.words,
+        help="Further flags of the servers that are put under load, e.g. speculation or CUDA graphs. Such a server is "
+        "booted beside the one that captures. Default: the server that captures is put under load.",
+        in_suite=True,
+    ),
+    Option(
+        name="speedup_over",
+        metavar="NAME",
+        help="Candidate whose speed --kld-min-speedup is a ratio to. Default: the reference.",
+        in_suite=True,
+    ),
+    *(
+        Option(
+            name=limit.name,
+            metavar="[CONCURRENCY:]" + (limit.unit.upper() or "X"),
+            parse=parsers.speed_bounds(limit),
+            help=f"{'Highest' if limit.upper else 'Lowest'} {limit.label} that passes, at every concurrency of "
+            "--kld-throughput or as CONCURRENCY:BOUND,…",
+            in_suite=True,
+        )
+        for limit in SPEED_LIMITS.values()
     ),
     *(
         Option(
             name=limit.name,
             metavar="N" if limit.integer else limit.unit.upper() or "X",
-            parse=_bound(limit),
+            parse=parsers.bound(limit),
             help=f"{'Highest' if limit.upper else 'Lowest'} {limit.label} that passes."
             + ("" if limit.default is None else f" Default: {limit.default:g}."),
         )
-        for limit in LIMITS.values()
+        for limit in (*LIMITS.values(), *MATRIX_LIMITS.values())
     ),
 )
 """All options. A test compares the tables in docs/reference.md with them."""
