@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,17 @@ class Browser:
     def run(self, script: str, *arguments: Any) -> Any:
         """Evaluate the body of a JavaScript function."""
         return self.driver.execute_script(script, *arguments)
+
+    def scroll(self, steps: int) -> list[float]:
+        """Scroll from the top to the bottom; return the seconds until each part was drawn."""
+        taken = []
+        for step in range(steps + 1):
+            began = time.monotonic()
+            share = step / steps
+            self.run("scrollTo(0, arguments[0] * (document.documentElement.scrollHeight - innerHeight))", share)
+            self.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+            taken.append(time.monotonic() - began)
+        return taken
 
     def press(self, key: str) -> None:
         """Press a key in the focused element."""

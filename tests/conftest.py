@@ -7,24 +7,35 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; set before torch and for its children
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Loaded before a session in process can load it: that session forgets its modules at its end, but fsspec's registry
+# would keep the class, and datasets would take its twin for a remote file system.
+import fsspec.implementations.local  # noqa: F401
 import pytest
 import torch
+from cpu_environment import ServerEnvironment
+from guarantees.campaign import Campaign
+from hypothesis import settings
 from sglang_cpu.environment import SGLangEnvironment, sglang_environment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+from vllm_cpu.environment import VLLMEnvironment, vllm_environment
 
 from pytest_kld.subjects.model import ModelSpec
 from pytest_kld.text.corpus import load_corpus
 from pytest_kld.text.windows import Windows, cut_windows, load_tokenizer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from transformers import PretrainedConfig
 
+settings.register_profile("long")
+"""Chosen with --hypothesis-profile=long: the fuzzing of readers tries many more files."""
 ROOT = Path(__file__).parent.parent
 VOCAB_SIZE = 1024
 TINY: dict[str, Any] = {
@@ -53,6 +64,28 @@ class MakeModel(Protocol):
     def __call__(
         self, name: str, config: PretrainedConfig | None = None, *, noise: float = 0.0, tokenizer: bool = True
     ) -> Path: ...
+
+
+MakeDisk: TypeAlias = "Callable[[str], Path]"
+
+
+@pytest.fixture
+def make_disk(tmp_path: Path) -> Iterator[MakeDisk]:
+    """Makes a file system of its own of a size such as `700k`; skips where mounting is not allowed."""
+    mounted: list[Path] = []
+
+    def make(size: str) -> Path:
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk]
+        if subprocess.run(command, check=False, capture_output=True).returncode:
+            pytest.skip("mounting a file system is not allowed here")
+        mounted.append(disk)
+        return disk
+
+    yield make
+    for disk in mounted:
+        subprocess.run(["umount", disk], check=True)
 
 
 @pytest.fixture(scope="session")
@@ -164,11 +197,35 @@ def gate(
     gate_cache: Path,
 ) -> Gate:
     """A function that runs the gate; see `Gate`. Unrelated plugins are not loaded."""
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)  # the tests' own sessions do not report to the real job
     monkeypatch.setenv("PYTEST_ADDOPTS", "-p no:hypothesispytest -p no:anyio -p no:platformdirs")
     return Gate(pytester, reference_dir, candidate_dir, text_file, gate_cache)
 
 
+@pytest.fixture(scope="session")
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, reference_dir: Path, candidate_dir: Path, text_file: Path
+) -> dict[str, dict[str, Any]]:
+    """The figures of a campaign by engine, if nothing happens."""
+    figures = {}
+    for engine in ("transformers", "tiny"):
+        directory = tmp_path_factory.mktemp("undisturbed") / engine
+        figures[engine] = Campaign(directory, engine, reference_dir, (candidate_dir,), text_file).completes()
+    return figures
+
+
 @pytest.fixture
+def campaign(
+    request: pytest.FixtureRequest, tmp_path: Path, reference_dir: Path, candidate_dir: Path, text_file: Path
+) -> Iterator[Campaign]:
+    """A gate in processes of its own, slowly, on the engine that the test's parameter names."""
+    made = Campaign(tmp_path / "campaign", request.param, reference_dir, (candidate_dir,), text_file)
+    made.fault("slow")
+    yield made
+    made.end()
+
+
+@pytest.fixture(scope="session")
 def windows(reference_dir: Path) -> Windows:
     """Three windows of 64 tokens at stride 32, as `SMALL_RUN` asks for."""
     loaded = load_tokenizer(ModelSpec.parse(str(reference_dir), Path()), trust_remote_code=False)
@@ -181,6 +238,23 @@ def windows(reference_dir: Path) -> Windows:
 def environment(tmp_path_factory: pytest.TempPathFactory) -> SGLangEnvironment:
     """The real SGLang on a CPU, with the hook as it is in this checkout."""
     return sglang_environment(tmp_path_factory.mktemp("hook"))
+
+
+@pytest.fixture(scope="session")
+def vllm_cpu(tmp_path_factory: pytest.TempPathFactory) -> VLLMEnvironment:
+    """The real vLLM on a CPU, with the hook as it is in this checkout."""
+    return vllm_environment(tmp_path_factory.mktemp("hook"))
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param("sglang", marks=pytest.mark.sglang), pytest.param("vllm", marks=pytest.mark.vllm)],
+)
+def engine(request: pytest.FixtureRequest) -> ServerEnvironment:
+    """Each engine's real server in turn, in float32."""
+    fixture = {"sglang": "environment", "vllm": "vllm_cpu"}[request.param]
+    environment: ServerEnvironment = request.getfixturevalue(fixture)
+    return environment.with_dtype("float32")
 
 
 @pytest.fixture(scope="session")

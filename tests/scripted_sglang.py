@@ -17,7 +17,7 @@ from scripted_server import Handler
 from pytest_kld import __version__
 from pytest_kld.engines.served.kind import Settings
 from pytest_kld.engines.served.pool import ServerPool
-from pytest_kld.engines.sglang.arguments import flags
+from pytest_kld.engines.sglang.arguments import RULES
 from pytest_kld.engines.sglang.kind import KIND
 from pytest_kld.hook.protocol import CAPTURE_DIR_VARIABLE, PROTOCOL
 from pytest_kld.progress import Silent
@@ -58,7 +58,7 @@ def main() -> None:
     if sys.argv[1:] == ["-m", "pytest_kld.hook", KIND.seams]:
         print(json.dumps(GOOD))
         return
-    given = {name: " ".join(values) for name, values in flags(sys.argv[3:])}
+    given = {name: " ".join(values) for name, values in RULES.split(sys.argv[3:])}
     told = {"environment": dict(os.environ), "flags": given}
     (Path(os.environ[CAPTURE_DIR_VARIABLE]) / STARTED).write_text(json.dumps(told))
     ThreadingHTTPServer((given["--host"], int(given["--port"])), Handler).serve_forever()

@@ -10,7 +10,7 @@ import pytest
 
 from pytest_kld import plugin
 from pytest_kld.figures.scores import Summary
-from pytest_kld.gate.limits import LIMITS
+from pytest_kld.gate.limits import LIMITS, MATRIX_LIMITS
 from pytest_kld.session import fixtures
 from pytest_kld.session.kld import KLD
 from pytest_kld.session.options import OPTIONS
@@ -45,7 +45,7 @@ def test_option_table_lists_every_option_with_its_ini_key_and_default() -> None:
 
 
 def test_marker_table_lists_every_limit() -> None:
-    assert [row[0] for row in rows("Marker")] == list(LIMITS)
+    assert [row[0] for row in rows("Marker")] == [*LIMITS, *MATRIX_LIMITS]
 
 
 def test_fixture_table_lists_every_public_fixture() -> None:
@@ -64,6 +64,9 @@ def test_facade_has_every_figure_that_the_fixture_table_names() -> None:
     attributes = {
         "summary",
         "diagnosis",
+        "baseline",
+        "floor",
+        "saw",
         "datasets",
         "scores",
         "intervals",

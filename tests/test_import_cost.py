@@ -19,8 +19,10 @@ NEEDED_WITHOUT_A_GATE = {
         "pytest_kld.session.config",
         "pytest_kld.session.fixtures",
     ),
-    *("pytest_kld.session.gating", "pytest_kld.session.header", "pytest_kld.session.options"),
-    *("pytest_kld.session.results", "pytest_kld.plain", "pytest_kld.gate.number"),
+    *("pytest_kld.session.gating", "pytest_kld.session.header", "pytest_kld.session.items"),
+    "pytest_kld.session.options",
+    *("pytest_kld.session.parsers", "pytest_kld.session.results", "pytest_kld.plain", "pytest_kld.gate.number"),
+    "pytest_kld.gate.speed_limits",
 }
 """The modules of the package that a session without a gate loads: hooks, options, fixtures' definitions. Each further
 module costs every pytest session of a user about half a millisecond; see benchmarks/README.md."""

@@ -23,11 +23,12 @@ ROOMS = (
     "servers",  # child processes, GPU leases; knows nothing about KLD
     "hook",  # what runs inside a server
     "engines",  # what runs a model over windows
+    "throughput",  # how fast a model is served
     "captures",  # a model's outputs, on disk
     "figures",  # two captures to figures
     "gate",  # limits, verdicts, results
     "diagnosis",  # figures to known faults
-    "report",  # results to terminal, JUnit, JSON, HTML
+    "report",  # results to terminal, JUnit, JSON, HTML, Markdown
     "gate_only",  # the built-in gate, a module that pytest can be pointed at
     "session",  # the pytest side
     "command",  # the console command
@@ -75,13 +76,13 @@ def test_imports_point_down_the_list() -> None:
 def test_what_engines_share_knows_no_engine() -> None:
     """An engine is its own folder and its module of seams; servers and hooks in general import neither."""
     shared = [*(PACKAGE / "engines" / "served").glob("*.py"), *(PACKAGE / "hook").glob("*.py")]
-    own = {PACKAGE / "hook" / "sglang.py", PACKAGE / "hook" / "patching.py"}
+    own = {*(PACKAGE / "hook").glob("vllm*.py"), *(PACKAGE / "hook" / f"{name}.py" for name in ("sglang", "patching"))}
     for path in set(shared) - own:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
         modules += [name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names]
         named = [name for _, name in imports_of(path)]
-        assert not [name for name in (*modules, *named) if "sglang" in name], path
+        assert not [name for name in (*modules, *named) if "sglang" in name or "vllm" in name], path
 
 
 def test_modules_import_each_other_in_no_circle() -> None:

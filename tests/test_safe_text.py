@@ -25,6 +25,11 @@ ANY_TEXT = st.text(st.characters(exclude_categories=()))
         ("\u2028\u2029", r"\u2028\u2029"),
         ("a\u200bb\ufeff\u3164", r"a\u200bb\ufeff\u3164"),
         ("\U000e0041", r"\U000e0041"),
+        ("::error::x", r"\x3a:error::x"),
+        (" ::add-mask::x ::error::y", r" \x3a:add-mask::x ::error::y"),
+        ("a ##[error]b", r"a \x23#[error]b"),
+        ("##vso[task.setvariable]###[x]", r"\x23#vso[task.setvariable]#\x23#[x]"),
+        ("tests/a.py::test_b[c] ## heading", "tests/a.py::test_b[c] ## heading"),
         ("naïve 漢字　‖ Δp 🙂 \\x1b", "naïve 漢字　‖ Δp 🙂 \\x1b"),
     ],
 )
@@ -34,6 +39,10 @@ def test_what_is_no_text_is_spelled_out_and_text_stays(text: str, shown: str) ->
 
 def test_lines_and_tabs_of_a_message_may_stay() -> None:
     assert plain("a\n\tb\r\x1b", keep=LINES) == "a\n\tb\\r\\x1b"
+
+
+def test_no_line_of_a_message_is_a_command_of_a_ci_runner() -> None:
+    assert plain("it said:\n\t::stop-commands::x\nno::ne", keep=LINES) == "it said:\n\t\\x3a:stop-commands::x\nno::ne"
 
 
 @given(ANY_TEXT)

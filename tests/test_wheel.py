@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
-OPTIONAL = {"sglang", "accelerate"}
-"""What is imported only where it is installed: inside servers, and for weights that accelerate itself offloaded."""
+OPTIONAL = {"sglang", "vllm", "accelerate", "aiohttp"}
+"""What is imported only where it is installed: inside servers, for weights that accelerate itself offloaded, and for a
+shared cache over HTTP (the extra `http`)."""
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,7 @@ def test_gate_runs_from_the_installed_wheel_in_an_empty_directory(
 
 
 def test_commands_run_from_the_installed_wheel(installed: Path, tmp_path: Path) -> None:
-    assert "usage: pytest-kld" in run_in(installed, tmp_path, "pytest-kld", "--help")
+    assert "Usage: pytest-kld" in run_in(installed, tmp_path, "pytest-kld", "--help")
     told = json.loads(run_in(installed, tmp_path, "python", "-m", "pytest_kld.hook", "pytest_kld.hook.sglang"))
     assert told["pytest_kld"] == "0.1.0"
     listed = "from pytest_kld.hook.patching import load_patches; print(len(load_patches()))"

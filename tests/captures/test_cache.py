@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from recorded import record
@@ -17,7 +17,7 @@ from pytest_kld.errors import CacheError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from conftest import Gate
+    from conftest import Gate, MakeDisk
 
     from pytest_kld.text.windows import Windows
 
@@ -38,15 +38,8 @@ def test_a_cache_directory_that_cannot_be_made_is_an_error(tmp_path: Path) -> No
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Any:
-    """A file system of 700 kB of its own."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", disk], check=False, capture_output=True)
-    if mount.returncode:
-        pytest.skip("mounting a file system is not allowed here")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+def small_disk(make_disk: MakeDisk) -> Path:
+    return make_disk("700k")
 
 
 def test_a_read_only_disk_is_an_error(small_disk: Path) -> None:

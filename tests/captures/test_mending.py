@@ -220,6 +220,7 @@ def test_a_damaged_capture_that_was_named_by_its_path_is_an_error(cache: Cache, 
     assert named.is_dir()
 
 
+@pytest.mark.slow
 def test_two_processes_that_want_one_damaged_entry_mend_it_once(cache: Cache, mean: float) -> None:
     cache.forget_scores()
     flip(cache.capture(cache.gate.reference) / WINDOW)
@@ -318,11 +319,11 @@ def test_a_file_that_changes_while_it_is_compared_is_found(cache: Cache, mean: f
         from pathlib import Path
         from importlib import import_module
 
-        measurement = import_module("pytest_kld.session.measurement")
+        scoring = import_module("pytest_kld.session.scoring")
 
         @pytest.fixture(scope="session", autouse=True)
         def damage():
-            compare, left = measurement.compare, [1]
+            compare, left = scoring.compare, [1]
             def run(*arguments, **named):
                 if left:
                     left.pop()
@@ -332,7 +333,7 @@ def test_a_file_that_changes_while_it_is_compared_is_found(cache: Cache, mean: f
                     file.write_bytes(contents)
                 return compare(*arguments, **named)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(measurement, "compare", run)
+                patch.setattr(scoring, "compare", run)
                 yield
     """)
     cache.run().assert_outcomes(passed=1, warnings=1)

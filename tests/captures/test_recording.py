@@ -76,6 +76,7 @@ def runs(root: Path) -> int:
     return len((root / "runs").read_text()) if (root / "runs").is_file() else 0
 
 
+@pytest.mark.slow
 def test_a_killed_capture_is_resumed_and_complete_windows_are_not_run_again(
     reference_dir: Path, tmp_path: Path
 ) -> None:
@@ -97,6 +98,7 @@ def test_a_killed_capture_is_resumed_and_complete_windows_are_not_run_again(
     assert not list(tmp_path.rglob("*.partial"))
 
 
+@pytest.mark.slow
 def test_two_processes_make_an_entry_once(reference_dir: Path, tmp_path: Path) -> None:
     racing = [start(reference_dir, tmp_path, 0.1) for _ in range(2)]
     assert [process.wait() for process in racing] == [0, 0]
@@ -309,6 +311,7 @@ def test_windows_without_a_digest_of_this_capture_are_not_believed(
     assert record(candidate_dir, windows, tmp_path / "a").digest == undisturbed.digest
 
 
+@pytest.mark.slow
 def test_what_a_killed_writer_left_is_not_published(make_model: MakeModel, tmp_path: Path) -> None:
     wide = make_model("wide", Qwen3Config(**{**TINY, "vocab_size": 65_536}), tokenizer=False)  # 17 MB a window
     left: list[Path] = []

@@ -388,6 +388,6 @@ def test_a_model_that_does_not_fit_the_memory_gets_a_hint(reference_dir: Path, m
 
     monkeypatch.setattr(type(network), "to", full)  # no memory can be filled without harm on a CPU
     with pytest.raises(
-        ModelError, match=r"does not fit the memory of cuda:0: CUDA out .*`device_map`.*--kld-dtype.*--tp"
+        ModelError, match=r"does not fit the memory of cuda:0: CUDA out .*`device_map`.*--kld-dtype.*tensor parallelism"
     ):
         move(network, torch.device("cuda:0"), ModelSpec.parse(str(reference_dir), Path()))

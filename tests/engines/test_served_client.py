@@ -13,6 +13,7 @@ import torch
 from scripted import SCRIPT
 
 from pytest_kld.engines.served import client as served_client
+from pytest_kld.engines.served import connection as served_connection
 from pytest_kld.engines.served.client import ServedModel
 from pytest_kld.engines.served.pieces import narrow
 from pytest_kld.engines.sglang.kind import KIND
@@ -64,7 +65,7 @@ def test_a_speculation_that_refuses_log_probs_is_an_error_with_advice(tmp_path: 
 def test_an_answer_without_a_file_is_an_error_that_says_how_to_put_the_hook_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(served_client, "_FILE_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(served_connection, "_FILE_TIMEOUT_SECONDS", 0.5)
     with scripted("mute", tmp_path) as url, pytest.raises(ServerError, match="the hook did not") as caught:
         connect(url, tmp_path)
     assert "--kld-capture-dir" in str(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -203,3 +204,30 @@ def test_sglang_makes_its_own_log_probs_in_chunks_unless_it_was_told_otherwise(
     assert {name: value for name, value in inherited.items() if name in CHUNKS} == {
         "SGLANG_LOGITS_PROCESSER_CHUNK_SIZE": "512"
     }
+
+
+def test_servers_in_use_stay_when_another_needs_a_place_and_idle_ones_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_on_path(tmp_path, monkeypatch, "GPU-11aa", "GPU-22bb")
+    monkeypatch.setattr("pytest_kld.engines.served.pool.lease_directory", lambda: tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    pool = make_pool(tmp_path)
+    first, second, third = (ModelSpec(name=f"org/{name}") for name in ("first", "second", "third"))
+    try:
+        with pool.using(first, [], {}) as one, ThreadPoolExecutor(2) as threads:
+            booting = [threads.submit(pool.get, model, [], {}) for model in (second, third)]
+            others = [each.result(timeout=60) for each in booting]
+            assert pool.handles[0] == one
+            assert pool.handles[1] in others  # whichever booted last
+            assert len(pool.handles) == 2
+            assert one.gpus != pool.handles[1].gpus
+            assert len({handle.log for handle in (one, *others)}) == 3
+            pool.close()
+            assert pool.handles == [one]
+            pool.release(first, [], {})
+            assert pool.handles == [one]
+        pool.release(first, [], {})
+        assert pool.handles == []
+    finally:
+        pool.close(in_use=True)

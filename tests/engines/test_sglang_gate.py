@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import MakeModel
+from conftest import TINY, MakeModel
+from nvidia_smi import put_on_path
+from served import gate
 from sglang_cpu.environment import SGLangEnvironment
 from transformers import LlamaConfig, Qwen3MoeConfig
 
@@ -23,37 +25,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.sglang]
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "conftest_examples"
 SHORT = ("--kld-dataset=python-docs", "--kld-windows=2", "--kld-window-size=64", "--kld-stride=64")
-
-
-def gate(directory: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]:
-    """Run pytest as a user does; return what it printed and the results in its JSON report."""
-    report = directory / "report.json"
-    command = [sys.executable, "-m", "pytest", *arguments, f"--kld-json={report}"]
-    run = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
-    return run, json.loads(report.read_text())["results"] if report.is_file() else []
-
-
-def test_sglang_and_transformers_agree_on_a_real_model(
-    tmp_path: Path, environment: SGLangEnvironment, real_models: Path
-) -> None:
-    common = [
-        *(f"--kld-ref={real_models / 'smollm2-135m'}", f"--kld-candidate={real_models / 'int8'}"),
-        *(f"--kld-candidate={real_models / 'nvfp4'}", "--kld-max-mean=0.05", "--kld-dataset=python-docs"),
-        *("--kld-windows=6", "--kld-window-size=512", "--kld-stride=512", f"--kld-cache-dir={tmp_path / 'cache'}"),
-    ]
-    (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    sglang = environment.with_dtype("float32").options()
-    served, by_sglang = gate(tmp_path, *common, *sglang)
-    assert served.returncode == pytest.ExitCode.TESTS_FAILED, served.stdout + served.stderr
-    _, by_transformers = gate(tmp_path, *common, "--kld-engine=transformers")
-    assert [result["outcome"] for result in by_sglang] == ["passed", "failed"]
-    assert [result["outcome"] for result in by_transformers] == ["passed", "failed"]
-    for ours, theirs in zip(by_sglang, by_transformers, strict=True):
-        for figure in ("mean", "median", "p99", "max", "reference_ppl", "candidate_ppl"):
-            assert ours["figures"][figure] == pytest.approx(theirs["figures"][figure], rel=0.01, abs=1e-5)
-    again, repeated = gate(tmp_path, *common, *sglang)
-    assert "booting" not in again.stdout
-    assert [result["figures"] for result in repeated] == [result["figures"] for result in by_sglang]
 
 
 def test_the_example_of_a_backend_matrix_runs(
@@ -165,7 +136,7 @@ def test_two_nodes_are_one_server_by_its_url(
     try:
         run, results = gate(
             tmp_path,
-            *(f"--kld-ref={model}", f"--kld-candidate={model}", f"--kld-ref-url={nodes[0].url}"),
+            *("--kld-engine=sglang", f"--kld-ref={model}", f"--kld-candidate={model}", f"--kld-ref-url={nodes[0].url}"),
             *(f"--kld-candidate-url={nodes[0].url}", f"--kld-capture-dir={shared}", "--kld-max-mean=0.01"),
             *(*SHORT, f"--kld-cache-dir={tmp_path / 'cache'}"),
         )
@@ -175,3 +146,85 @@ def test_two_nodes_are_one_server_by_its_url(
     assert run.returncode == 0, run.stdout + run.stderr
     assert results[0]["figures"]["mean"] == 0.0
     assert results[0]["about"]["reference"]["store"] == "hidden"
+
+
+SUITE = """
+[reference]
+model = "{reference}"
+args = {flags}
+env = {{ {first} }}
+[protocol]
+engine = "sglang"
+path = "both"
+concurrency = 2
+dataset = "python-docs"
+windows = 2
+window_size = 64
+stride = 64
+[limits]
+max_mean = 0.5
+max_decode_gap = 1e-6
+[[candidate]]
+name = "near"
+model = "{candidate}"
+args = {flags}
+env = {{ {second} }}
+"""
+
+
+def test_a_suite_boots_servers_side_by_side_with_the_figures_of_one_after_the_other(
+    tmp_path: Path, environment: SGLangEnvironment, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two servers on two fake GPUs, a processor core each; each is booted once and serves both paths."""
+    put_on_path(tmp_path, monkeypatch, "GPU-0", "GPU-1")
+    environment = environment.with_dtype("float32").with_overlap()
+    config = LlamaConfig(**TINY, tie_word_embeddings=False)
+    models = {
+        "reference": make_model("side-reference", config),
+        "candidate": make_model("side-candidate", config, noise=0.0005),
+    }
+    one_core = {**environment.variables, "OMP_NUM_THREADS": "1"}
+    cores = {
+        name: ", ".join(f'{key} = "{value}"' for key, value in {**one_core, BIND: core}.items())
+        for name, core in (("first", "0"), ("second", str(min(1, (os.cpu_count() or 1) - 1))))
+    }
+    (tmp_path / "side.kld.toml").write_text(SUITE.format(**models, **cores, flags=json.dumps(environment.flags)))
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    command = f"--kld-sglang-command={shlex.join(environment.command)}"
+    side, by_side = gate(tmp_path, command, f"--kld-cache-dir={tmp_path / 'side'}")
+    assert [row["outcome"] for row in by_side] == ["passed", "passed"], side.stdout + side.stderr
+    notes = [line for line in side.stdout.splitlines() if line.startswith("kld: ")]
+    booted = [index for index, note in enumerate(notes) if note.startswith("kld: booting")]
+    ready = [index for index, note in enumerate(notes) if " is ready after " in note]
+    assert (len(booted), len(ready)) == (2, 2)
+    assert booted[1] < ready[0]  # the second boots while the first does
+    assert any("side by side on 2 GPUs" in note for note in notes)
+    monkeypatch.setenv("PATH", os.environ["PATH"].split(os.pathsep, 1)[1])  # no GPUs
+    serial, one_by_one = gate(tmp_path, command, f"--kld-cache-dir={tmp_path / 'serial'}")
+    assert "side by side" not in serial.stdout
+    assert serial.stdout.count("kld: booting") == 2
+    assert [row["figures"] for row in by_side] == [row["figures"] for row in one_by_one]
+
+
+BIND = "SGLANG_CPU_OMP_THREADS_BIND"
+
+
+def test_the_floor_of_two_servers_on_a_cpu_is_zero_on_both_paths(
+    tmp_path: Path, environment: SGLangEnvironment, reference_dir: Path, candidate_dir: Path
+) -> None:
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    run, results = gate(
+        tmp_path,
+        *(f"--kld-ref={reference_dir}", f"--kld-candidate={candidate_dir}", *environment.options(), *SHORT),
+        *("--kld-floor", "--kld-path=both", "--kld-concurrency=2", "--kld-max-mean=1"),
+        f"--kld-cache-dir={tmp_path / 'cache'}",
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("booting SGLang") == 4
+    assert [result["candidate"] for result in results] == [str(candidate_dir), f"{candidate_dir} (decode)"]
+    for result in results:
+        assert {result["floor"][side]["max"] for side in ("reference", "candidate")} == {0}
+        assert result["figures"]["mean"] > 1e-3
+    manifests = [json.loads(path.read_text()) for path in (tmp_path / "cache").glob("captures/*/capture.json")]
+    runs = {(one["subject"]["name"], one["subject"]["run"], one["origin"]) for one in manifests}
+    assert (len(manifests), len(runs), len({origin for *_, origin in runs})) == (8, 4, 4)

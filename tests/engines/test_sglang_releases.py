@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, MakeModel
+from served import Served, booting, mean_kl
+from sglang_cpu.environment import disables_overlap
 from sglang_cpu.releases import make_readable, release_environment
-from test_sglang import Served, booting, mean_kl
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pytest_kld.engines import Prefill
@@ -19,7 +20,7 @@ from pytest_kld.subjects.model import ModelSpec
 from pytest_kld.text.corpus import load_corpus
 from pytest_kld.text.windows import Windows, cut_windows, load_tokenizer
 
-pytestmark = [pytest.mark.slow, pytest.mark.sglang]
+pytestmark = [pytest.mark.slow, pytest.mark.releases, pytest.mark.sglang]
 
 SIZE = 400
 PREFILL_CHUNK, LOGITS_CHUNK = 160, 100
@@ -45,8 +46,8 @@ def text(llama_dir: Path) -> Windows:
 def served(
     request: pytest.FixtureRequest, llama_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
-    """A server that splits prefills and logits and puts up to three requests into a batch."""
-    environment = release_environment(request.param, tmp_path_factory.mktemp("hook"))
+    """A server that splits prefills and logits and puts up to three requests into a batch, with overlap scheduling."""
+    environment = release_environment(request.param, tmp_path_factory.mktemp("hook")).with_overlap()
     with booting(environment, tmp_path_factory.mktemp("served")) as boot:
         served = boot(
             llama_dir,
@@ -56,6 +57,7 @@ def served(
         )
         with served.connected() as loaded:
             assert loaded.handshake["version"] == request.param
+        assert not disables_overlap(served)
         yield served
 
 
@@ -66,9 +68,9 @@ def captured(served: Served, text: Windows) -> list[Prefill]:
 
 def blocks(served: Served, text: Windows, count: int) -> list[int]:
     """Send the first tokens of a window and return the positions at which blocks of logits began."""
-    with served.connected() as loaded, loaded._run(CaptureRequest(hidden=True)) as run:
+    with served.connected() as loaded, loaded.run(CaptureRequest(hidden=True)) as run:
         loaded._ask(run, 0, text.token_ids[0, :count].tolist())
-        loaded._pieces(run, 0, count)
+        loaded.pieces(run, 0, count)
         return sorted(int(path.name.split(".")[1]) for path in run.glob("0.*.safetensors"))
 
 
@@ -109,3 +111,15 @@ def test_all_logits_agree_with_transformers(
             theirs = model(torch.from_numpy(text.token_ids[hidden.window]).long()[None]).logits[0]
         assert mean_kl(theirs, logits.logits) < 1e-3
         assert mean_kl(theirs, head.logits(hidden.hidden)) < 1e-3
+
+
+def test_decode_steps_agree_with_prefills(served: Served, captured: list[Prefill], text: Windows) -> None:
+    with served.connected() as loaded:
+        (head,) = loaded.heads
+        steps = sorted(loaded.decode(text.decoded(360, 3), range(3), [SIZE - 1]), key=lambda one: one.window)
+    assert [step.window for step in steps] == [0, 1, 2]
+    for prefill, step in zip(captured, steps, strict=False):
+        assert prefill.hidden is not None
+        assert step.hidden is not None
+        assert torch.equal(head.logits(step.hidden[-1:], "native"), step.logits)
+        assert mean_kl(head.logits(prefill.hidden[360:]), head.logits(step.hidden)) < 1e-3

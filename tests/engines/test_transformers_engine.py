@@ -88,6 +88,7 @@ def test_every_setting_of_the_engine_is_part_of_the_fingerprint(reference_dir: P
     assert default["versions"].keys() >= {"torch", "transformers", "accelerate", "peft"}
 
 
+@pytest.mark.slow
 def test_the_instruction_sets_of_a_cpu_are_part_of_the_fingerprint(reference_dir: Path) -> None:
     script = (
         "from pathlib import Path; from pytest_kld.engines.transformers import TransformersEngine as Engine; "

@@ -41,7 +41,9 @@ def make_scores(windows: int = 3, positions: int = 50, seed: int = 0) -> Scores:
     }
     columns["flags"][:, -1] = NO_LABEL
     columns["reference_nll"][:, -1] = columns["candidate_nll"][:, -1] = np.nan
-    return Scores(columns=columns, about={"reference": {"model": "Référence"}, "head": "exact"})
+    sides = {side: {"model": "Référence", "digest": side} for side in ("reference", "candidate")}
+    protocol = {"dataset": "text", "datasets": [{"dataset": "text", "windows": windows}]}
+    return Scores(columns=columns, about={**sides, "protocol": protocol, "head": "exact"})
 
 
 def flag(scores: Scores, positions: list[tuple[int, int]], bit: int) -> None:
@@ -123,6 +125,13 @@ def test_infinite_kl_is_counted_and_makes_the_mean_infinite() -> None:
     ordered = np.sort(scores.columns["kl"][0])
     assert summary.p99 == pytest.approx(ordered[197] + 0.01 * (ordered[198] - ordered[197]))  # rank 0.99 · 199
     assert summary.median == pytest.approx(np.quantile(scores.columns["kl"], 0.5))
+
+
+@pytest.mark.parametrize(("nll", "ppl"), [(700.0, math.exp(700)), (709.9, math.inf), (1e4, math.inf)])
+def test_a_perplexity_too_large_for_a_float_is_infinite(nll: float, ppl: float) -> None:
+    scores = make_scores()
+    scores.columns["candidate_nll"][:] = nll
+    assert Summary.of(scores).candidate_ppl == pytest.approx(ppl)
 
 
 def test_a_label_that_both_sides_deem_impossible_gives_no_ratio() -> None:

@@ -192,7 +192,7 @@ def test_a_tiny_text_bounds_no_mean(windows: int, size: int, confidence: float) 
     scores = make_scores(rng.lognormal(sigma=2, size=(windows, size)), size)
     scores.columns.update({name: rng.random((windows, size)) for name in EXTENDED_COLUMNS})
     known = intervals(scores, confidence)
-    means = [name for name, figure in FIGURES.items() if isinstance(figure, Mean)]
+    means = [name for name, figure in FIGURES.items() if isinstance(figure, Mean) and name != "decode_gap"]
     assert len(means) == 10
     for name in means:
         if size * windows < math.log((1 - confidence) / 2) / math.log(0.99):

@@ -104,3 +104,10 @@ def test_releases_have_both_attributes(release: str, tmp_path: Path) -> None:
     source = (unpack(release, tmp_path) / "sglang/srt/layers/logits_processor.py").read_text()
     for name in ATTRIBUTES:
         assert f"self.{name} = " in source
+
+
+def test_a_pipeline_is_refused() -> None:
+    refused = sglang._refusal(SimpleNamespace(pp_size=2), SimpleNamespace())
+    assert refused is not None
+    assert "it is a pipeline" in refused
+    assert sglang._refusal(SimpleNamespace(pp_size=1), SimpleNamespace()) is None

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +87,43 @@ def test_pieces_appear_whole_and_a_failed_write_is_reported(tmp_path: Path) -> N
         pass
     assert torch.equal(load_file(tmp_path / "0.0.safetensors")["hidden"], torch.arange(6.0).reshape(2, 3))
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+
+def test_copies_from_a_gpu_are_pinned_and_only_the_writer_waits_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, str]] = []
+    empty, thread = torch.empty, threading.current_thread
+
+    class Event:
+        def record(self) -> None:
+            done.append(("record", thread().name))
+
+        def synchronize(self) -> None:
+            done.append(("synchronize", thread().name))
+
+    def pinned(*size: Any, pin_memory: bool = False, **named: Any) -> torch.Tensor:
+        done.append(("pinned" if pin_memory else "pageable", thread().name))
+        return empty(*size, **named)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "empty", pinned)
+    writer, here = Writer(), thread().name
+    for number in range(3):
+        rows = torch.full((2, 3), float(number)).as_subclass(OnDevice)
+        copied = {"hidden": copy_to_host(rows), "logits": copy_to_host(rows)}
+        writer.put(Piece(tmp_path / f"{number}.0.safetensors", copied))
+    while not (tmp_path / "2.0.safetensors").is_file():
+        pass
+    assert [step for step in done if step[1] == here] == [("pinned", here), ("record", here)] * 6
+    assert [step for step in done if step[1] != here] == [("synchronize", "pytest-kld-writer")] * 6
+    assert torch.equal(load_file(tmp_path / "2.0.safetensors")["logits"], torch.full((2, 3), 2.0))
 
 
 def test_a_full_disk_is_reported_beside_the_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,25 +104,26 @@ def test_head_is_proved_and_recomputed(
     torch.testing.assert_close(exact.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_bias_of_the_head_is_kept(architecture: Callable[[str], Path], windows: Windows, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bias_of_the_head_is_kept_and_used_in_both_modes(
+    dtype: str, architecture: Callable[[str], Path], windows: Windows, tmp_path: Path
+) -> None:
     def with_bias(network: Any) -> Any:
-        torch.nn.init.normal_(network.lm_head.bias)
+        torch.nn.init.normal_(network.lm_head.bias, generator=torch.Generator().manual_seed(0))
         return network
 
-    capture = record(architecture("phi"), windows, tmp_path, alter=with_bias)
+    capture = record(architecture("phi"), windows, tmp_path, dtype=dtype, alter=with_bias)
     head = capture.load_head()
     assert head is not None
     assert head.bias is not None
     assert head.bias.abs().max() > 1
-    engine = own_logits(with_seed(with_bias, load(architecture("phi"))), windows)
-    assert engine.shape == read(capture, "exact").shape
     assert capture.check_head().faithful
-    assert capture.check_head().dtype == "float32"
-
-
-def with_seed(alter: Callable[[Any], Any], network: Any) -> Any:
-    torch.manual_seed(0)
-    return alter(network)
+    assert capture.check_head().dtype == dtype
+    network = with_bias(load(architecture("phi"), dtype))
+    engine, eps = own_logits(network, windows), torch.finfo(getattr(torch, dtype)).eps
+    torch.testing.assert_close(read(capture, "native"), engine, rtol=2 * eps, atol=2 * eps)
+    expected = in_float64(network, windows, lambda z: z)
+    torch.testing.assert_close(read(capture, "exact").double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def scaled(network: Any) -> Any:
@@ -236,6 +237,9 @@ def test_check_rows_that_are_not_finite_on_one_side_only_refuse_the_head() -> No
     hidden[1] = torch.nan
     check = check_head(Head(weight=weight), hidden, logits)
     assert (check.faithful, check.rows) == (True, 1)
+    hidden[0], logits[0] = torch.inf, torch.inf
+    nothing = {"rows": 0, "worst": 0.0, "mean_kl_nats": 0.0, "tolerance_dtype": "float32"}
+    assert check_head(Head(weight=weight), hidden, logits).to_json() == nothing
 
 
 def test_padding_is_trimmed_with_its_bias() -> None:

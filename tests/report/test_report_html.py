@@ -14,10 +14,12 @@ import browser as browsers
 import pytest
 from browser import Browser
 from conftest import SMALL_RUN
-from made import error_result, made_result, subject
+from made import error_result, made_matrix, made_mean, made_result, made_speed, subject, with_floor
 from selenium.webdriver.common.keys import Keys
 
-from pytest_kld.report.html import render, show_token, write_html_report
+from pytest_kld.gate.speed import judge_speed
+from pytest_kld.plain import show_token
+from pytest_kld.report.html import render, write_html_report
 from pytest_kld.report.view import COLOURS
 
 if TYPE_CHECKING:
@@ -106,7 +108,6 @@ def test_summary_shows_the_figures_and_verdicts_of_the_json_report(chromium: Bro
         for result in results
     ]
     assert [result["outcome"] for result in results] == ["passed", "failed"]
-    assert "profile" not in results[0]
     protocol = chromium.run("return document.querySelector('#protocol').innerText")
     for value in (results[0]["about"]["protocol"]["token_ids_sha256"], results[0]["about"]["versions"]["torch"]):
         assert value in protocol
@@ -248,6 +249,39 @@ def test_matrix_shows_models_by_backends(chromium: Browser, tmp_path: Path) -> N
     assert rows == [["Model", "triton", "cutlass"], ["x", *means], ["y", "not measured", "not measured"]]
 
 
+def test_candidates_against_each_other_are_a_matrix_and_a_table_of_pairs(chromium: Browser, tmp_path: Path) -> None:
+    evil = "<img src=x onerror=alert(1)>"
+    matrix = made_matrix("x", ("triton", evil, "cutlass"), bound=0.005, gaps={f"x ({evil})": f"because {evil}"})
+    write_html_report(tmp_path / "report.html", [made_result("x")], matrices=[matrix])
+    chromium.open(tmp_path / "report.html")
+    assert chromium.run("return document.querySelector('h1').innerText") == "1 candidate: 1 passed; 1 matrix: 1 failed"
+    cells = """return [...document.querySelectorAll('#between table')].map(table => [...table.rows].map(
+        row => [...row.cells].map(cell => cell.innerText)))"""
+    grid, pairs = chromium.run(cells)
+    names = ["triton", evil, "cutlass"]
+    means = [["–" if one == other else f"{made_mean(one, other):.4g}" for other in range(3)] for one in range(3)]
+    assert grid == [["Row", *names], *([name, *row] for name, row in zip(names, means, strict=True))]
+    assert [row[0] for row in pairs[1:]] == [f"triton | {evil}", "triton | cutlass", f"{evil} | cutlass"]
+    assert [row[-1] for row in pairs] == ["Verdict", "ok", "FAIL", "ok"]
+    heat = chromium.run("""return [...document.querySelectorAll('#between .matrix td')].map(
+        cell => cell.style.getPropertyValue('--heat'))""")
+    assert heat[0] == ""
+    assert max(float(one.rstrip("%")) for one in heat if one) == 100
+    assert f"because {evil}" in chromium.run("return document.querySelector('#between').innerText")
+    assert not chromium.complaints()
+
+
+def test_a_report_of_a_matrix_alone_shows_it(chromium: Browser, tmp_path: Path) -> None:
+    lost = made_matrix(pairs=(), about=None, outcome="error", message="ModelError: there is nothing to compare")
+    write_html_report(tmp_path / "report.html", [], matrices=[lost])
+    chromium.open(tmp_path / "report.html")
+    assert chromium.run("return document.querySelector('h1').innerText") == "1 matrix: 1 not measured"
+    shown = chromium.run("return document.querySelector('#between').innerText")
+    assert "ERROR" in shown
+    assert "there is nothing to compare" in shown
+    assert not chromium.complaints()
+
+
 def test_intervals_are_drawn_as_whiskers_around_their_figures(chromium: Browser, tmp_path: Path) -> None:
     confident = made_result("a", bounds={"max_mean": 0.05, "max_median": 0.1}, confidence=0.9, size=256)
     write_html_report(tmp_path / "report.html", [confident, made_result("b")])
@@ -330,3 +364,45 @@ def test_numbers_that_json_lacks_are_left_out_of_charts_and_shown_in_tables(chro
 def test_tokens_show_their_spaces_and_control_characters() -> None:
     assert show_token(" the\n\t\x1b\u202e") == "␣the↵\\t\\x1b\\u202e"
     assert show_token("naïve‖") == "naïve‖"
+
+
+def test_speed_has_tables_its_checks_and_a_chart_against_quality(chromium: Browser, tmp_path: Path) -> None:
+    results = []
+    for name, scale, tps in (("near", 0.001, 50), ("quick", 0.01, 90), ("poor", 0.1, 40)):
+        candidate = made_speed({1: [tps], 4: [3 * tps]})
+        checks = judge_speed(
+            candidate, {"min_output_tps": {1: 45}}, base=made_speed({1: [45], 4: [99]}), base_label="R", confidence=None
+        )
+        results.append(made_result(name, scale, speed=checks.to_json()))
+    write_html_report(tmp_path / "report.html", results)
+    chromium.open(tmp_path / "report.html")
+    assert len(boxes(chromium, "[data-chart=speed] [aria-label=dot] path")) == 3 * 2
+    data = chromium.run("return JSON.parse(document.getElementById('chart-data').textContent).speed")
+    assert [point["short"] for point in data if point["front"] and point["concurrency"] == 4] == ["near", "quick"]
+    shown = chromium.run("return document.querySelector('#speed').innerText")
+    for text in ("R\t45.0\t99.0", "quick\t90.0\t270.0", "✗ fail poor: output tokens/s at concurrency 1 40 tokens/s <"):
+        assert text in shown
+    assert not chromium.complaints()
+
+
+def test_figures_below_twice_the_floor_are_marked_and_every_floor_is_in_a_table(
+    chromium: Browser, tmp_path: Path
+) -> None:
+    results = [with_floor(made_result("clear"), 0.4), with_floor(made_result("drowned"), 0.6), made_result("unknown")]
+    write_html_report(tmp_path / "report.html", results)
+    chromium.open(tmp_path / "report.html", width=PHONE)
+    marks = chromium.run(
+        "return [...document.querySelectorAll('.summary tbody tr')].map(row => row.querySelectorAll('abbr').length)"
+    )
+    assert marks == [0, 5, 0]  # mean, median, P95, P99 and max
+    assert chromium.run("return document.querySelector('.summary abbr').title") == "below twice the floor"
+    limits = chromium.run("return [...document.querySelectorAll('#limits tbody tr')].map(row => row.innerText)")
+    assert [("~" in row) for row in limits if "0.05" in row] == [False, True, False]
+    rows = chromium.run("return [...document.querySelectorAll('#floor tbody th')].map(cell => cell.innerText)")
+    assert rows == ["reference", "clear", "reference", "drowned"]
+    assert "not distinguishable from run-to-run noise" in chromium.run("return document.body.innerText")
+    assert chromium.run("return document.documentElement.scrollWidth <= innerWidth")
+    assert chromium.complaints() == []
+    write_html_report(tmp_path / "without.html", [made_result("unknown")])
+    chromium.open(tmp_path / "without.html")
+    assert not chromium.run("return document.querySelector('#floor, abbr')")

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 import pytest
 
+from pytest_kld.errors import ReportError
+from pytest_kld.figures.between import Between, Direction
 from pytest_kld.figures.scores import Summary
 from pytest_kld.gate.limits import LIMITS
+from pytest_kld.gate.matrix import MatrixResult
 from pytest_kld.gate.result import GateResult, checks_of
 from pytest_kld.gate.verdict import BANDS, judge
-from pytest_kld.report.json_file import SCHEMA_VERSION, write_json_report
+from pytest_kld.report.json_file import SCHEMA_VERSION, read_json_report, write_json_report
 from pytest_kld.subjects.subject import Subject
 
 if TYPE_CHECKING:
@@ -63,14 +66,21 @@ def test_every_field_is_described_and_none_is_left_open_by_mistake() -> None:
         if "properties" in schema and schema["additionalProperties"] is False:
             assert schema["required"] == list(schema["properties"])
     assert open_objects == {
-        *("engine", "versions", "datasets", "intervals", "arguments", "environment", "axes", "limits", "elsewhere")
+        *("engine", "versions", "datasets", "intervals", "arguments", "environment", "axes", "limits", "elsewhere"),
+        *("figures", "gauges", "speed", "gaps"),
+        *("token_classes", "scripts", "backends"),
     }
 
 
 def test_schema_describes_every_figure_every_limit_and_every_field_of_a_result() -> None:
     assert sorted(SCHEMA["$defs"]["figures"]["properties"]) == sorted(field.name for field in fields(Summary))
-    known = {field.name for field in fields(GateResult)} - {"profile"}  # there for charts alone
+    known = {field.name for field in fields(GateResult)}
     assert sorted(RESULT["properties"]) == sorted([*known, "subjects", "band", "notes"])
+    of_matrix = {field.name for field in fields(MatrixResult)}
+    assert sorted(SCHEMA["$defs"]["matrix"]["properties"]) == sorted([*of_matrix, "subjects"])
+    of_pair = {field.name for field in fields(Between)}
+    assert sorted(SCHEMA["$defs"]["pair"]["properties"]) == sorted([*of_pair, "first", "second", "checks", "floor"])
+    assert list(SCHEMA["$defs"]["direction"]["properties"]) == [field.name for field in fields(Direction)]
     check = SCHEMA["$defs"]["check"]["properties"]
     assert check["limit"]["enum"] == list(LIMITS)
     assert check["figure"]["enum"] == [limit.figure for limit in LIMITS.values()]
@@ -79,6 +89,7 @@ def test_schema_describes_every_figure_every_limit_and_every_field_of_a_result()
 
 
 def test_reports_of_all_three_outcomes_keep_to_the_schema(gate: Gate, broken_dir: Path, unloadable_dir: Path) -> None:
+    gate.cache = f"--kld-cache-dir={gate.path / 'cache'}"  # the shared one may hold a capture of a copy
     gate("--kld-max-mean=0.1", "--kld-json=report.json", candidates=(gate.candidate, broken_dir, unloadable_dir))
     report = validate(gate.path / "report.json")
     assert [result["outcome"] for result in report["results"]] == ["passed", "failed", "error"]
@@ -86,6 +97,23 @@ def test_reports_of_all_three_outcomes_keep_to_the_schema(gate: Gate, broken_dir
     assert passed["about"]["protocol"]["windows"] == 3
     assert passed["about"]["candidate"]["model"] == str(gate.candidate)
     assert (error["figures"], error["about"], error["band"]) == (None, None, None)
+
+
+def test_reports_with_matrices_keep_to_the_schema_and_come_back(gate: Gate, broken_dir: Path) -> None:
+    both = ("--kld-dataset=python-docs", "--kld-each-dataset")
+    options = ("--kld-matrix=all", "--kld-max-between=0.1", "--kld-confidence=0.9", "--kld-json=report.json")
+    gate(*options, *both, candidates=(gate.candidate, broken_dir)).assert_outcomes(failed=1, passed=2)
+    report = validate(gate.path / "report.json")
+    (pair,) = report["matrices"][0]["pairs"]
+    assert list(pair["datasets"]) == [check["dataset"] for check in pair["checks"]][1:]
+    read = read_json_report(gate.path / "report.json")
+    write_json_report(gate.path / "again.json", read.results, read.incomplete, read.shard, read.matrices)
+    assert validate(gate.path / "again.json")["matrices"] == report["matrices"]
+    damaged = json.loads((gate.path / "report.json").read_text())
+    damaged["matrices"][0]["pairs"][0]["first"] = "another"
+    (gate.path / "report.json").write_text(json.dumps(damaged))
+    with pytest.raises(ReportError, match="contradicts itself"):
+        read_json_report(gate.path / "report.json")
 
 
 @pytest.mark.parametrize("store", ["logits", "logprobs"])

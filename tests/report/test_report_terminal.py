@@ -6,12 +6,15 @@ import os
 import pty
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from made import made_speed
 
 from pytest_kld.gate.result import GateResult
+from pytest_kld.gate.speed import judge_speed
 from pytest_kld.report import terminal
 from pytest_kld.report.terminal import TerminalTask, format_seconds, notes, table
 from pytest_kld.subjects.subject import Subject
@@ -224,3 +227,22 @@ def test_a_candidate_that_differs_nowhere_is_noted_and_passes(gate: Gate) -> Non
     result = gate("--kld-max-mean=0.1", candidates=(gate.reference,))
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["note: KLD of * is exactly 0 at every position: *"])
+
+
+def test_speeds_are_shown_in_two_tables_with_the_reference_first_and_the_checks_below() -> None:
+    speed = judge_speed(
+        made_speed({1: [30, 32, 31], 16: [400, 410, 420]}),
+        {"min_speedup": {16: 1.5}},
+        base=made_speed({1: [20, 21, 22], 16: [200, 205, 210]}),
+        base_label="the reference",
+        confidence=None,
+    )
+    lines = table([replace(result("fast", "passed"), speed=speed.to_json())])
+    start = lines.index("Output tokens/s (32 tokens in, 8 out, median of 3 rounds, on H100)")
+    assert [line.split() for line in lines[start + 1 : start + 5 : 1] if not line.startswith("-")] == [
+        ["Model", "C=1", "C=16"],
+        ["the", "reference", "21.0", "205.0"],
+        ["fast", "31.0", "410.0"],
+    ]
+    assert "ok   fast: speedup in output tokens/s over the reference at concurrency 16 2 >= min_speedup 1.5" in lines
+    assert any(line.split()[:2] == ["fast", "16"] for line in lines)

@@ -42,6 +42,7 @@ def test_secrets_are_digests_and_what_is_given_by_name_is_kept_and_wins() -> Non
     assert numeric_environment({"SGLANG_API_KEY": "hunter3"})["SGLANG_API_KEY"] != kept["SGLANG_API_KEY"]
 
 
+@pytest.mark.slow
 def test_another_variable_makes_another_capture_and_reports_tell_it(
     gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +80,7 @@ class RemoteModel(Qwen3ForCausalLM):
 """
 
 
+@pytest.mark.slow
 def test_a_repository_s_own_code_makes_another_capture(
     gate: Gate, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,8 +17,8 @@ import pytest
 from scripted_sglang import COMMAND, make_pool, started
 
 from pytest_kld.engines.served.engine import ServedEngine
+from pytest_kld.engines.served.flags import parse_command
 from pytest_kld.engines.served.pool import ServerPool
-from pytest_kld.engines.sglang.arguments import parse_command
 from pytest_kld.servers.launchers import command_in_key, inherited
 from pytest_kld.subjects.model import ModelSpec
 from pytest_kld.subjects.subject import Subject
@@ -172,13 +172,13 @@ def test_commands_that_cannot_work_are_refused_at_the_start(
     for name in ("SLURM_JOB_ID", "SLURMD_NODENAME"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match=reason):
-        parse_command(command)
+        parse_command(command, tuple(LAUNCH.split()[1:]), "sglang")
 
 
 def test_commands_that_work_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     monkeypatch.setenv("SLURMD_NODENAME", "node7")
     for command in (f"docker run --rm --gpus all --net host IMAGE {LAUNCH}", f"srun -p gpu {LAUNCH}"):
-        assert parse_command(command) == tuple(shlex.split(command))
+        assert parse_command(command, tuple(LAUNCH.split()[1:]), "sglang") == tuple(shlex.split(command))
     with pytest.raises(ValueError, match="--export=NONE cannot be given to srun"):
-        parse_command(f"srun --export=NONE {LAUNCH}")
+        parse_command(f"srun --export=NONE {LAUNCH}", tuple(LAUNCH.split()[1:]), "sglang")

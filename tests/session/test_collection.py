@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_kld.gate.limits import LIMITS
+from pytest_kld.gate.limits import LIMITS, MATRIX_LIMITS
+from pytest_kld.gate.speed_limits import SPEED_LIMITS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,16 +75,19 @@ def test_class_mark_does_not_reach_other_classes_through_an_inherited_method(gat
     gate().assert_outcomes(passed=2)
 
 
+ARGUMENTS = (*LIMITS, *MATRIX_LIMITS, "path", "throughput", *SPEED_LIMITS)
+
+
 @pytest.mark.parametrize(
     ("mark", "complaint"),
     [
-        ("kld(max_maen=0.1)", f"*the kld marker has no argument 'max_maen'; valid are {', '.join(LIMITS)}"),
+        ("kld(max_maen=0.1)", f"*the kld marker has no argument 'max_maen'; valid are {', '.join(ARGUMENTS)}"),
         ("kld(max_mean='high')", "*kld marker, max_mean: expected a number of at least 0, got 'high'"),
         ("kld(max_mean=-1)", "*kld marker, max_mean: expected a number of at least 0, got -1"),
         ("kld(max_mean=True)", "*kld marker, max_mean: expected a number of at least 0, got True"),
         ("kld(max_nan=0.5)", "*kld marker, max_nan: expected a whole number of at least 0, got 0.5"),
         ("kld(min_top1=2)", "*kld marker, min_top1: expected a number of at least 0 and at most 1, got 2"),
-        ("kld(0.1)", f"*the kld marker takes keyword arguments only ({', '.join(LIMITS)}), got 0.1"),
+        ("kld(0.1)", f"*the kld marker takes keyword arguments only ({', '.join(ARGUMENTS)}), got 0.1"),
     ],
 )
 def test_bad_marker_arguments_are_errors_of_the_collection(gate: Gate, mark: str, complaint: str) -> None:

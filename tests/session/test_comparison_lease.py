@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 from nvidia_smi import put_on_path
 
 from pytest_kld.figures import compare as comparing
-from pytest_kld.session import measurement
+from pytest_kld.session import scoring
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,8 +24,8 @@ def test_a_comparison_holds_the_lease_of_its_gpu_and_returns_it(
     """There is no GPU here: the comparison is told of one, and computes on the CPU."""
     put_on_path(tmp_path, monkeypatch, "GPU-a", "GPU-b")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    monkeypatch.setattr(measurement, "lease_directory", lambda: tmp_path)
-    monkeypatch.setattr(measurement, "pick_device", lambda _: torch.device("cuda", 0))
+    monkeypatch.setattr(scoring, "lease_directory", lambda: tmp_path)
+    monkeypatch.setattr(scoring, "pick_device", lambda _: torch.device("cuda", 0))
     lock = FileLock(tmp_path / "GPU-b.lock")
 
     def compare(*captures: Any, device: torch.device, **options: Any) -> Any:
@@ -34,7 +34,7 @@ def test_a_comparison_holds_the_lease_of_its_gpu_and_returns_it(
             lock.acquire(timeout=0)
         return comparing.compare(*captures, device=torch.device("cpu"), **options)
 
-    monkeypatch.setattr(measurement, "compare", compare)
+    monkeypatch.setattr(scoring, "compare", compare)
     gate(f"--kld-cache-dir={tmp_path / 'cache'}", "--kld-device=cpu").assert_outcomes(passed=1)
     with lock.acquire(timeout=0):
         assert lock.is_locked

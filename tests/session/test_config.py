@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_kld.gate.limits import LIMITS
+from pytest_kld.gate.limits import LIMITS, MATRIX_LIMITS
+from pytest_kld.gate.speed_limits import SPEED_LIMITS
 from pytest_kld.session.options import OPTIONS
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ GOOD: dict[str, tuple[str, Any]] = {
     "dataset": ("python-docs", ["python-docs"]),
     "each_dataset": ("true", True),
     "windows": ("7", 7),
+    "windows_from": ("spread", "spread"),
     "window_size": ("128", 128),
     "stride": ("64", 64),
     "skip_first": ("16", 16),
@@ -31,22 +33,38 @@ GOOD: dict[str, tuple[str, Any]] = {
     "store": ("logits", "logits"),
     "confidence": ("0.9", 0.9),
     "inconclusive": ("skip", "skip"),
+    "floor": ("true", True),
     "head": ("native", "native"),
     "cache_size": ("1.5 GB", 1_500_000_000),
+    "path": ("both", "both"),
+    "prompt_size": ("16", 16),
+    "concurrency": ("4", 4),
+    "cache_url": ("file:///shared/kld", "file:///shared/kld"),
+    "cache_push": ("true", True),
     "hash": ("full", "full"),
     "refresh": ("true", True),
     "strict_cache": ("true", True),
+    "shard": ("2/5", "shard 2 of 5"),
 }
 """A text and its value, for each option that takes neither a path nor a model."""
-PATHS = ("cache_dir", "junit", "json", "html", "capture_dir")
+PATHS = ("cache_dir", "junit", "json", "html", "markdown", "capture_dir")
 MODELS = ("ref", "candidate", "tokenizer")
-SERVERS = {
-    *("sglang_command", "ref_args", "candidate_args", "ref_env", "candidate_env"),
-    *("moe_backend", "ref_url", "candidate_url"),
+SPEED = {
+    "speedup_over",
+    *SPEED_LIMITS,
+    *("throughput", "throughput_input", "throughput_output", "throughput_rounds"),
+    *("throughput_failures", "throughput_args"),
 }
-"""Options of SGLang's servers, which the engine transformers does not read; the SGLang engine's tests cover them."""
+"""Options on speed, which need servers; see test_throughput.py."""
+OTHERS = ("baseline", "cpu_servers", "matrix", "max_between", "max_regression", "plan", "plan_json")
+"""Options with a test module of their own."""
+SERVERS = {
+    *("sglang_command", "vllm_command", "ref_args", "candidate_args", "ref_env", "candidate_env"),
+    *("moe_backend", "ref_url", "candidate_url", "candidate_engine"),
+}
+"""Options of servers, which the engine transformers does not read; the tests of the engines cover them."""
 BAD = [
-    ("engine", "vllm", "expected one of auto, sglang, transformers, got 'vllm'"),
+    ("engine", "llama.cpp", "expected one of auto, sglang, vllm, transformers, got 'llama.cpp'"),
     ("startup_timeout", "0", "expected a whole number of at least 1, got '0'"),
     (
         "windows",
@@ -54,6 +72,7 @@ BAD = [
         "expected a whole number of at least 1, got '0' (or `max` for as many as the text yields, or `auto`)",
     ),
     ("windows", "many", "expected a whole number of at least 1, got 'many'"),
+    ("windows_from", "end", "expected one of start, spread, got 'end'"),
     ("window_size", "1", "expected a whole number of at least 2, got '1'"),
     ("stride", "-5", "expected a whole number of at least 1, got '-5'"),
     ("stride", "0.5", "expected a whole number of at least 1, got '0.5'"),
@@ -66,10 +85,18 @@ BAD = [
     ("candidate", "a/b@", "it is not a hub id (ORG/NAME[@REVISION])"),
     ("tokenizer", "", "is neither a model directory (no config.json) nor a capture"),
     *(("cache_size", text, f"a size such as 500GB or 1.5TB, got '{text}'") for text in ("500", "-1GB", "GB", "5 PB")),
+    ("cache_url", "bucket/kld", "expected a URL such as s3://BUCKET/FOLDER or file:///shared/kld, got 'bucket/kld'"),
+    ("cache_url", "simplecache::s3://x", "expected a URL such as"),
+    ("cache_url", "nope://x", "fsspec has no backend for 'nope://x'; try s3, gs, hf, https or file"),
+    *(
+        ("shard", text, "expected K/N, the K-th of N shards, with K from 1 to N")
+        for text in ("0/2", "3/2", "1", "1/", "a/2", "1/2/3")
+    ),
     ("junit", ".", "expected a file that can be written, got '.'"),
     ("json", "/dev/null/report.json", "expected a file that can be written, got '/dev/null/report.json'"),
-    *((name, "-1", "of at least 0") for name in LIMITS),
-    *((name, "lots", "got 'lots'") for name in LIMITS),
+    *((name, "-1", "of at least 0") for name in (*LIMITS, *MATRIX_LIMITS)),
+    *((name, "lots", "got 'lots'") for name in (*LIMITS, *MATRIX_LIMITS)),
+    ("matrix", "pairs", "expected one of axes, all, got 'pairs'"),
     *(
         (name, text, f"got '{text}'")
         for name in ("windows", "skip_first", "confidence", "max_mean", "max_nan", "min_top1")
@@ -115,12 +142,13 @@ def read(gate: Gate, tmp_path: Path) -> Any:
 
 
 def test_every_option_is_known_to_this_module() -> None:
-    assert {option.name for option in OPTIONS} == {*GOOD, *PATHS, *MODELS, *LIMITS, *SERVERS}
+    assert {option.name for option in OPTIONS} == {*GOOD, *PATHS, *MODELS, *LIMITS, *SERVERS, *SPEED, *OTHERS}
 
 
 def test_defaults_are_the_standard_protocol(read: Any) -> None:
     values = read()
     assert (values["windows"], values["window_size"], values["stride"]) == (100, 2048, 512)
+    assert values["windows_from"] == "start"
     assert (values["dataset"], values["store"], values["head"]) == (["wikitext-2"], "auto", "exact")
     assert (values["each_dataset"], values["skip_first"], values["metrics"]) == (False, 0, "core")
     assert (values["dtype"], values["device"]) == ("auto", "auto")
@@ -210,6 +238,30 @@ def test_bad_value_in_the_ini_file_is_reported_under_the_name_of_its_key(gate: G
     gate.pytester.makeini("[pytest]\nkld_stride = none")
     result = gate.pytester.runpytest_inprocess()
     result.stderr.fnmatch_lines(["ERROR: kld_stride: expected a whole number of at least 1, got 'none'"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--kld-cache-push",), "--kld-cache-push needs a shared cache: give --kld-cache-url"),
+        (("--kld-cache-push", "--kld-cache-url=https://host/x"), "--kld-cache-push: nothing can be uploaded over HTTP"),
+    ],
+)
+def test_upload_without_a_place_to_upload_to_is_a_usage_error(
+    gate: Gate, options: tuple[str, ...], message: str
+) -> None:
+    result = gate(*options)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(f"*{message}*")
+
+
+def test_backend_that_is_not_installed_is_a_usage_error(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    result = gate("--kld-cache-url=gs://bucket/kld")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines("*gs:// needs a package that is not installed here: Please install gcsfs*")
 
 
 def test_candidate_given_twice_is_a_usage_error(gate: Gate) -> None:

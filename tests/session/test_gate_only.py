@@ -25,7 +25,9 @@ def project(gate: Gate) -> Gate:
     return gate
 
 
-@pytest.mark.parametrize("workers", [(), ("-n2",)], ids=["alone", "xdist"])
+@pytest.mark.parametrize(
+    "workers", [pytest.param((), id="alone"), pytest.param(("-n2",), id="xdist", marks=pytest.mark.slow)]
+)
 def test_runs_the_gate_of_each_candidate_and_no_test_of_the_directory(
     project: Gate, broken_dir: Path, workers: tuple[str, ...]
 ) -> None:
@@ -69,7 +71,9 @@ def test_can_be_selected_like_any_test(project: Gate, broken_dir: Path) -> None:
     named.stdout.fnmatch_lines([*ids, "*2 tests collected*"])
 
 
-@pytest.mark.parametrize("workers", [(), ("-n2",)], ids=["alone", "xdist"])
+@pytest.mark.parametrize(
+    "workers", [pytest.param((), id="alone"), pytest.param(("-n2",), id="xdist", marks=pytest.mark.slow)]
+)
 def test_without_models_is_an_error_that_names_what_is_missing(project: Gate, workers: tuple[str, ...]) -> None:
     run = project.pytester.runpytest_inprocess
     neither = run(*ADDRESS, project.cache, *workers)

@@ -92,7 +92,9 @@ def test_skipped(kld): pass
 """
 
 
-@pytest.mark.parametrize("workers", [(), ("-n1",)], ids=["alone", "xdist"])
+@pytest.mark.parametrize(
+    "workers", [pytest.param((), id="alone"), pytest.param(("-n1",), id="xdist", marks=pytest.mark.slow)]
+)
 def test_interrupt_names_the_test_that_ran_and_those_that_were_to_come(gate: Gate, workers: tuple[str, ...]) -> None:
     gate.pytester.makepyfile(test_three=THREE)
     process = start(gate, *workers)
@@ -139,7 +141,10 @@ def test_first_failure_ends_the_session_and_the_rest_is_named(gate: Gate, option
     )
 
 
-@pytest.mark.parametrize("workers", [(), ("-n1",)], ids=["alone", "xdist"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "workers", [pytest.param((), id="alone"), pytest.param(("-n1",), id="xdist", marks=pytest.mark.slow)]
+)
 def test_own_candidates_that_were_not_reached_are_named(gate: Gate, workers: tuple[str, ...]) -> None:
     gate.pytester.makepyfile(
         test_own=f"""
@@ -203,7 +208,10 @@ def test_crashed_worker_loses_no_result_of_a_test_with_its_own_candidates(gate: 
     assert "crashed" in result["message"]
 
 
-@pytest.mark.parametrize("workers", [(), ("-n1",)], ids=["alone", "xdist"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "workers", [pytest.param((), id="alone"), pytest.param(("-n1",), id="xdist", marks=pytest.mark.slow)]
+)
 def test_whole_session_is_not_incomplete(gate: Gate, workers: tuple[str, ...]) -> None:
     gate.pytester.makepyfile(
         test_whole="""

@@ -25,6 +25,7 @@ REPORTS = ("--kld-json=report.json", "--kld-junit=report.xml", "--kld-html=repor
 @pytest.fixture
 def evil_dir(gate: Gate, tmp_path: Path) -> Path:
     """The candidate under a name that turns a terminal red, reverses text and hides some."""
+    gate.cache = f"--kld-cache-dir={tmp_path / 'cache'}"  # elsewhere captures are looked up by the original's name
     return Path(shutil.copytree(gate.candidate, tmp_path / f"model{EVIL}"))
 
 
@@ -77,6 +78,7 @@ def test_control_characters_in_a_models_name_are_spelled_out(gate: Gate, evil_di
     assert f"model{SHOWN}" in (gate.path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_control_characters_in_what_a_test_asserts_are_spelled_out(gate: Gate, evil_dir: Path) -> None:
     gate.pytester.makepyfile("""
         def test_assert(kld):
@@ -91,8 +93,10 @@ def test_control_characters_in_what_a_test_asserts_are_spelled_out(gate: Gate, e
     assert f"RuntimeError: {evil_dir.parent}/model{SHOWN[:30]}" in shown  # pytest ends the line at U+2028
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["architectures", "model_type", "quantization_config", "torch_dtype"])
 def test_control_characters_in_config_json_are_spelled_out(gate: Gate, tmp_path: Path, field: str) -> None:
+    gate.cache = f"--kld-cache-dir={tmp_path / 'cache'}"
     model = Path(shutil.copytree(gate.candidate, tmp_path / "model"))
     config = json.loads((model / "config.json").read_text())
     config.pop("dtype", None)
@@ -120,3 +124,27 @@ def test_control_characters_in_a_usage_error_are_spelled_out(gate: Gate, tmp_pat
     code, shown = controls_in(gate, candidate=tmp_path / EVIL)
     assert code == pytest.ExitCode.USAGE_ERROR
     assert f"ERROR: --kld-candidate: {tmp_path}/{SHOWN} is neither a model directory" in shown
+
+
+def test_words_of_a_suite_and_of_a_text_are_no_commands_to_a_ci_runner(gate: Gate, tmp_path: Path) -> None:
+    """A reason begins a line of the summary with one, and the worst positions quote the text."""
+    words = f"{EVIL}\n::error::x\n##[error]y"
+    (tmp_path / "text.txt").write_text("and ##[error]z of it. " * 300)
+    candidates = "".join(
+        f"[[candidate]]\nname = {json.dumps(name + words)}\nmodel = {json.dumps(str(gate.candidate))}\n"
+        f"{mark} = {json.dumps('since ' + words)}\n"
+        for name, mark in (("a", "xfail"), ("b", "skip"))
+    )
+    suite = (
+        f"[reference]\nmodel = {json.dumps(str(gate.reference))}\n"
+        f"[protocol]\ndataset = {json.dumps(str(tmp_path / 'text.txt'))}\nwindows = 2\nwindow_size = 64\nstride = 32\n"
+        f"[limits]\nmax_mean = 0.0\n{candidates}"
+        f"[[candidate]]\nname = {json.dumps('c' + words)}\nmodel = {json.dumps(str(gate.candidate))}\n"
+    )
+    (gate.path / "evil.kld.toml").write_text(suite)
+    run = gate.pytester.runpytest_inprocess("evil.kld.toml", "-rA", "-vv", gate.cache, "--junitxml=out.xml")
+    run.assert_outcomes(failed=1, skipped=1, xfailed=1)
+    shown = run.stdout.str()
+    assert "kld diagnosis" in shown
+    assert not CONTROLS.findall(shown + (gate.path / "out.xml").read_text(encoding="utf-8"))
+    assert re.findall(r"^\s*::.*|.*##\[.*", shown, re.MULTILINE) == []

@@ -21,7 +21,7 @@ from pytest_kld.files import write_report
 if TYPE_CHECKING:
     from conftest import Gate
 
-REPORTS = ("junit", "json", "html")
+REPORTS = ("junit", "json", "html", "markdown")
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_special_file_that_appears_during_the_session_stays_and_fails_it(gate: G
     result.stdout.fnmatch_lines(["ERROR: cannot write the * report *: * is a pipe and not a regular file; *"])
     result.stdout.fnmatch_lines(["KLD Evaluation Results*"])
     assert stat.S_ISFIFO((gate.path / "report").lstat().st_mode)
-    assert len(list(gate.path.glob("other.*"))) == 2
+    assert len(list(gate.path.glob("other.*"))) == len(others)
 
 
 @pytest.mark.parametrize("kind", ["a pipe", "a symbolic link", "a directory"])
@@ -162,6 +162,7 @@ def test_link_to_a_model_that_safetensors_cannot_open_is_a_usage_error(gate: Gat
     assert rf"ERROR: --kld-candidate: {odd_dir.parent}/odd\udcff is not UTF-8" in ran.stderr.decode()
 
 
+@pytest.mark.slow
 def test_model_and_test_whose_paths_are_not_utf8_are_reported_everywhere(gate: Gate, odd_dir: Path) -> None:
     shutil.copytree(gate.candidate, odd_dir / "model")
     tests = Path(os.fsdecode(os.fsencode(gate.path) + b"/tests\xff"))
@@ -192,6 +193,7 @@ def test_gate(kld): pass
     assert f"{name}[odd]" in page
 
 
+@pytest.mark.slow
 def test_reports_and_text_in_a_directory_whose_name_is_not_utf8(gate: Gate, odd_dir: Path) -> None:
     shutil.copy(gate.protocol[0].partition("=")[2], odd_dir / "text.txt")
     named = [f"--kld-{name}={odd_dir / name}" for name in REPORTS]
@@ -213,6 +215,7 @@ BREAK = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "function", "name"),
     [("junit", "_suite", "JUnit"), ("json_file", "_described", "JSON"), ("html", "view", "HTML")],
@@ -233,6 +236,7 @@ def test_fault_of_one_report_takes_no_other_and_fails_the_session(
     assert "INTERNALERROR" not in text
 
 
+@pytest.mark.slow
 def test_fault_of_the_table_leaves_the_reports_and_fails_the_session(gate: Gate) -> None:
     gate.pytester.makeconftest(BREAK.format(module="terminal", function="table"))
     result = gate("--kld-json=a.json", subprocess=True)

@@ -81,6 +81,7 @@ def test_a_clear_candidate_is_decided_in_the_first_round_that_has_enough_windows
     assert set(session.captures()) == {1, 2, 4, 8}
 
 
+@pytest.mark.slow
 def test_an_undecided_one_goes_on_to_the_most_windows_and_reuses_window_files(session: Session) -> None:
     _, measured = session.run(*ROUNDS[:1], "--kld-windows=16", *ROUNDS[2:])
     mean = measured["figures"]["mean"]

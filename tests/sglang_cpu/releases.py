@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 from zipfile import ZipFile
 
-from sglang_cpu.environment import HERE, ROOT, SGLangEnvironment, cached, sglang_environment, variables
+from cpu_environment import ROOT, cached
+
+from sglang_cpu.environment import HERE, SGLangEnvironment, sglang_environment, variables
 
 _SHARED = ("llguidance==0.7.30", "openai==2.6.1")
 OVERLAYS = {
@@ -28,6 +30,8 @@ _UNPACKED = (
     *("sglang/_version.py", "sglang/__init__.py", "sglang/version.py", "sglang/srt/plugins/"),
     *("sglang/srt/server_args.py", "sglang/srt/arg_groups/fields/", CUSTOM_ALL_REDUCE),
     "sglang/srt/layers/logits_processor.py",
+    "sglang/srt/model_executor/piecewise_cuda_graph_runner.py",
+    "sglang/srt/model_executor/runner/prefill_cuda_graph_runner.py",
 )
 _FLAGS = {
     "0.5.9": (),

@@ -58,7 +58,9 @@ def test_windows_slide_over_the_ids_of_the_whole_text(tokenizer: PreTrainedToken
         "stride": 16,
         "bos": None,
         "token_ids_sha256": windows.digest,
-        "datasets": [{"dataset": "a text", "text_sha256": CORPUS.sha256, "windows": 3}],
+        "windows_from": "start",
+        "decoding": None,
+        "datasets": [{"dataset": "a text", "text_sha256": CORPUS.sha256, "windows": 3, "text_tokens": len(ids)}],
     }
 
 

@@ -1,0 +1,183 @@
+"""Processes that are killed at any point: the outcome is an error, nothing half-written is read, nothing is left."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from guarantees.campaign import SEEDS, WINDOWS, Campaign, interrupt
+
+pytestmark = pytest.mark.slow
+
+Figures = dict[str, dict[str, Any]]
+each_engine = pytest.mark.parametrize("campaign", ["transformers", "tiny"], indirect=True)
+served = pytest.mark.parametrize("campaign", ["tiny"], indirect=True)
+in_process = pytest.mark.parametrize("campaign", ["transformers"], indirect=True)
+
+
+@served
+def test_a_server_killed_at_a_random_point_of_a_capture_is_an_error_and_the_rerun_goes_on(
+    campaign: Campaign, undisturbed: Figures
+) -> None:
+    """Each try kills the server of what the try before left."""
+    chance = random.Random(13)
+    for _ in range(SEEDS):
+        before = campaign.windows()
+        process = campaign.start()
+        campaign.wait_for_windows(before + chance.randrange(1, 5), process)
+        time.sleep(chance.random() * 0.2)
+        for server in campaign.servers():
+            server.kill()
+        output = campaign.output(process)
+        if process.returncode == 0:  # it was killed after its last window
+            break
+        assert (process.returncode, "1 error in" in output) == (1, True), output
+        assert campaign.result()["outcome"] == "error"
+        assert "ended with exit code 137: it was killed, as the system does when memory runs out" in output
+        campaign.require_nobody()
+        campaign.require_whole()
+    campaign.completes(undisturbed["tiny"])
+
+
+@pytest.fixture
+def memory_limit() -> Iterator[Callable[[int], None]]:
+    """A function that lets the kernel kill a process, and what it starts, beyond another 200 MB."""
+    version_1, version_2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+    root, limit = (version_1, "memory.limit_in_bytes") if version_1.is_dir() else (version_2, "memory.max")
+    group = root / f"pytest-kld-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / limit).write_text("200M")
+    except OSError as error:
+        pytest.skip(f"memory cannot be limited here: {error}")
+
+    def move(pid: int) -> None:
+        (group / "cgroup.procs").write_text(str(pid))
+
+    yield move
+    for _ in range(100):
+        with suppress(OSError):  # its last process is not gone yet
+            group.rmdir()
+            return
+        time.sleep(0.1)
+
+
+@served
+def test_a_server_that_runs_out_of_memory_is_an_error_that_says_so(
+    memory_limit: Callable[[int], None], campaign: Campaign, undisturbed: Figures
+) -> None:
+    process = campaign.start()
+    campaign.wait_for_windows(3, process)
+    (server,) = campaign.servers()
+    memory_limit(server.pid)
+    campaign.fault("grows")
+    output = campaign.output(process)
+    assert (process.returncode, campaign.result()["outcome"]) == (1, "error"), output
+    assert "ended with exit code 137: it was killed, as the system does when memory runs out" in output
+    campaign.completes(undisturbed["tiny"])
+
+
+@each_engine
+def test_pytest_killed_at_a_random_point_leaves_nothing_that_is_read_and_the_rerun_goes_on(
+    campaign: Campaign, undisturbed: Figures
+) -> None:
+    """At any time from its start on, not only in a capture."""
+    chance = random.Random(campaign.engine)
+    for _ in range(SEEDS):
+        process = campaign.start()
+        try:
+            process.wait(timeout=chance.uniform(1, 15))
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.wait()
+        campaign.require_nobody()
+        campaign.require_whole()
+    campaign.completes(undisturbed[campaign.engine])
+
+
+@pytest.mark.parametrize(
+    ("campaign", "signals"),
+    [
+        ("transformers", ("SIGTERM",)),
+        ("tiny", ("SIGTERM",)),
+        ("tiny", ("SIGINT",)),
+        ("tiny", ("SIGINT", "SIGINT")),
+    ],
+    indirect=["campaign"],
+)
+def test_a_session_that_is_told_to_end_says_what_it_did_not_measure(
+    signals: tuple[str, ...], campaign: Campaign, undisturbed: Figures
+) -> None:
+    process = campaign.start()
+    campaign.wait_for_windows(3, process)
+    for index, name in enumerate(signals):
+        time.sleep(0.3 * index)
+        interrupt(process, signal.Signals[name])
+    output = campaign.output(process)
+    assert process.returncode != 0
+    campaign.require_nobody()
+    campaign.require_whole()
+    if len(signals) == 1:
+        assert process.returncode == pytest.ExitCode.INTERRUPTED, output
+        assert campaign.result()["outcome"] == "error"
+        assert campaign.result()["message"].startswith("not measured: the session ended before this test finished")
+        assert "INCOMPLETE: " in output
+        assert ("ended by SIGTERM" in output) == (signals == ("SIGTERM",))
+        assert list(campaign.cache.glob("spool/*")) == []
+    campaign.completes(undisturbed[campaign.engine])
+
+
+@in_process
+def test_a_worker_of_xdist_that_is_killed_in_a_capture_is_an_error_and_the_rerun_goes_on(
+    campaign: Campaign, undisturbed: Figures
+) -> None:
+    process = campaign.start("-n1")
+    campaign.wait_for_windows(3, process)
+    (worker,) = [one for one in campaign.processes() if one.ppid() == process.pid]
+    os.kill(worker.pid, signal.SIGKILL)
+    output = campaign.output(process)
+    assert (process.returncode, campaign.result()["outcome"]) == (1, "error"), output
+    assert "crashed" in campaign.result()["message"]
+    campaign.completes(undisturbed["transformers"])
+
+
+@in_process
+def test_the_lock_of_a_killed_process_is_free_and_a_living_one_is_waited_for(
+    campaign: Campaign, undisturbed: Figures
+) -> None:
+    process = campaign.start()
+    campaign.wait_for_windows(3, process)
+    locks = list(campaign.cache.glob("captures/*.lock"))
+    assert locks
+    process.send_signal(signal.SIGSTOP)
+    second = campaign.start()
+    time.sleep(6)
+    assert second.poll() is None
+    process.kill()
+    output = campaign.output(second)
+    assert second.returncode == 0, output
+    assert "waiting for another process, which is making the capture" in output
+    assert campaign.result()["figures"] == undisturbed["transformers"]
+
+
+@served
+def test_eight_processes_that_want_one_entry_make_it_once(campaign: Campaign, undisturbed: Figures) -> None:
+    campaign.fault("")
+    processes = [campaign.start(f"--kld-json={number}.json") for number in range(8)]
+    outputs = [campaign.output(process) for process in processes]
+    assert [process.returncode for process in processes] == [0] * 8, outputs[0]
+    made = sum(len(re.findall(f"kld: capture .*: {WINDOWS}/{WINDOWS}", output)) for output in outputs)
+    assert made == 2, outputs
+    figures = [campaign.result(f"{number}.json")["figures"] for number in range(8)]
+    assert figures == [undisturbed["tiny"]] * 8
+    campaign.require_nobody()
+    campaign.require_tidy()
