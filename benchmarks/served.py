@@ -1,6 +1,6 @@
-"""Measure what capturing costs the real SGLang: no hook, ours, and the original method, side by side. See README.md.
+"""Measure what capturing costs a real server: no hook, ours, and the original method, side by side. See README.md.
 
-python benchmarks/served.py [--models DIR] [--windows N]
+python benchmarks/served.py [--engine sglang|vllm] [--models DIR] [--windows N]
 """
 
 import argparse
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,9 +22,13 @@ from original import compare_window
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "conftest_examples" / "quickstart"), str(ROOT / "tests")]
 
-from make_models import make_models  # noqa: E402 (from the directories above)
-from sglang_cpu.environment import SGLangEnvironment, sglang_environment  # noqa: E402
+from cpu_environment import ServerEnvironment  # noqa: E402 (from the directories above)
+from make_models import make_models  # noqa: E402
+from sglang_cpu.environment import sglang_environment  # noqa: E402
+from vllm_cpu.environment import vllm_environment  # noqa: E402
 
+from pytest_kld.engines.registry import served_kind  # noqa: E402
+from pytest_kld.engines.served.kind import Settings  # noqa: E402
 from pytest_kld.hook.protocol import (  # noqa: E402
     CAPTURE_DIR_VARIABLE,
     CaptureRequest,
@@ -43,6 +48,9 @@ def main() -> None:
     """Measure and print two tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
+        "--engine", choices=("sglang", "vllm"), default="sglang", help="the original method exists for SGLang only"
+    )
+    parser.add_argument(
         "--models", type=Path, default=Path("quickstart/models"), help="the models' directory; made if missing"
     )
     parser.add_argument(
@@ -53,8 +61,13 @@ def main() -> None:
     reference, candidates = make_models(options.models)
     windows = cut(reference, options.windows)
     with tempfile.TemporaryDirectory(prefix="kld-benchmark-") as work:
-        environment = sglang_environment(Path(work, "hook")).with_dtype(options.dtype)
-        print(f"{os.cpu_count()} cores, SmolLM2-135M in {options.dtype}, {windows.count} windows of {SIZE} tokens.\n")
+        make = {"sglang": sglang_environment, "vllm": vllm_environment}[options.engine]
+        environment = make(Path(work, "hook")).with_dtype(options.dtype)
+        title = served_kind(options.engine).title
+        print(
+            f"{title} on {os.cpu_count()} cores, SmolLM2-135M in {options.dtype}, {windows.count} windows of {SIZE} "
+            "tokens.\n"
+        )
         overhead(reference.resolve(), windows, environment, Path(work))
         verdict(reference.resolve(), candidates[0].resolve(), windows, environment, Path(work))
 
@@ -65,32 +78,35 @@ def cut(model: Path, count: int) -> Windows:
     return cut_windows(load_corpus("python-docs", Path()), tokenizer, count=count, size=SIZE, stride=SIZE, label="")
 
 
-def overhead(model: Path, windows: Windows, environment: SGLangEnvironment, work: Path) -> None:
-    """Run all three servers at once and send each window to one after the other, so that drift affects all alike."""
+def overhead(model: Path, windows: Windows, environment: ServerEnvironment, work: Path) -> None:
+    """Run all servers at once and send each window to one after the other, so that drift affects all alike."""
     with ExitStack() as stack:
         plain, plain_boot = stack.enter_context(serving(model, environment, work / "plain.log"))
         ours, ours_boot = stack.enter_context(
             serving(model, environment, work / "ours.log", **{CAPTURE_DIR_VARIABLE: str(work / "spool")})
         )
-        original, original_boot = stack.enter_context(serving_original(model, environment, work, work / "saved"))
+        boots = {"no hook": plain_boot, "ours": ours_boot}
         run = work / "spool" / new_run()
         run.mkdir(parents=True)
         write_json_whole(run / "request.json", CaptureRequest(hidden=True, rows=(SIZE // 2, SIZE - 1)).to_json())
         senders: dict[str, Callable[[int], None]] = {
-            "no hook": lambda index: send(plain, windows, index),
-            "ours": lambda index: send(ours, windows, index, request_id(run.name, index)),
-            "original": lambda index: send(original, windows, index),
+            "no hook": lambda index: send(plain, environment, windows, index),
+            "ours": lambda index: send(ours, environment, windows, index, request_id(run.name, index)),
         }
+        if environment.engine == "sglang":
+            saved = work / "saved"
+            original, boots["original"] = stack.enter_context(serving_original(model, environment, work, saved))
+            senders["original"] = lambda index: send(original, environment, windows, index)
         times = alternate(senders, windows.count)
     base = statistics.median(times["no hook"])
     print("| | s per window, median (min) | over no hook, median of pairs | boot, s |\n|---|---|---|---|")
-    for name, boot in (("no hook", plain_boot), ("ours", ours_boot), ("original", original_boot)):
+    for name, boot in boots.items():
         pairs = [one - other for one, other in zip(times[name], times["no hook"], strict=True)]
         share = f"{statistics.median(pairs) / base:+.1%}"
         print(f"| {name} | {statistics.median(times[name]):.3f} ({min(times[name]):.3f}) | {share} | {boot:.1f} |")
 
 
-def verdict(reference: Path, candidate: Path, windows: Windows, environment: SGLangEnvironment, work: Path) -> None:
+def verdict(reference: Path, candidate: Path, windows: Windows, environment: ServerEnvironment, work: Path) -> None:
     """Time everything from the first boot to a mean KLD: two boots, two captures, one comparison."""
     start = time.perf_counter()
     command = [
@@ -103,19 +119,27 @@ def verdict(reference: Path, candidate: Path, windows: Windows, environment: SGL
     empty.mkdir()
     told = subprocess.run(command, cwd=empty, stdout=subprocess.PIPE, text=True, check=True).stdout
     ours = time.perf_counter() - start
+    print("\n| boot to verdict, one candidate | s | MB on disk | mean KLD, nats |\n|---|---|---|---|")
+    row = next(line for line in told.splitlines() if line.startswith(str(candidate)))
+    print(f"| ours | {ours:.0f} | {megabytes(work / 'cache'):,.0f} | {row.removeprefix(str(candidate)).split()[0]} |")
+    if environment.engine == "sglang":
+        verdict_of_original(reference, candidate, windows, environment, work)
+
+
+def verdict_of_original(
+    reference: Path, candidate: Path, windows: Windows, environment: ServerEnvironment, work: Path
+) -> None:
+    """Time the same for the original method."""
     start = time.perf_counter()
     for name, model in (("reference", reference), ("candidate", candidate)):
         with serving_original(model, environment, work, work / name) as (url, _):
             for index in range(windows.count):
-                send(url, windows, index)
+                send(url, environment, windows, index)
     kl = []
     for index in range(windows.count):
         pair = (work / side / f"{index}.safetensors" for side in ("reference", "candidate"))
         kl.append(compare_window(*pair, torch.device("cpu")))
     original = time.perf_counter() - start
-    print("\n| boot to verdict, one candidate | s | MB on disk | mean KLD, nats |\n|---|---|---|---|")
-    row = next(line for line in told.splitlines() if line.startswith(str(candidate)))
-    print(f"| ours | {ours:.0f} | {megabytes(work / 'cache'):,.0f} | {row.removeprefix(str(candidate)).split()[0]} |")
     saved = megabytes(work / "reference") + megabytes(work / "candidate")
     print(f"| original | {original:.0f} | {saved:,.0f} | {float(torch.cat(kl).mean()):.6f} |")
 
@@ -126,19 +150,17 @@ def megabytes(directory: Path) -> float:
 
 
 @contextmanager
-def serving(model: Path, environment: SGLangEnvironment, log: Path, **variables: str) -> Iterator[tuple[str, float]]:
+def serving(model: Path, environment: ServerEnvironment, log: Path, **variables: str) -> Iterator[tuple[str, float]]:
     """Boot a server; yield its URL and the seconds it took."""
-    port = free_port()
+    kind, port = served_kind(environment.engine), free_port()
     start = time.perf_counter()
+    address = kind.address(ModelSpec.parse(str(model), Path()), port)
     server = Server(
         ServerCommand(
-            argv=[
-                *(str(environment.python), "-m", "sglang.launch_server", "--model-path", str(model)),
-                *("--host", "127.0.0.1", "--port", str(port), "--prefill-max-requests", "1", *environment.flags),
-            ],
+            argv=[*environment.command, *address, *kind.complete(environment.flags, Settings())],
             environment={**os.environ, **environment.variables, **variables},
             url=f"http://127.0.0.1:{port}",
-            health="/health",
+            health=kind.health,
             log=log,
             startup_timeout=600,
         )
@@ -151,7 +173,7 @@ def serving(model: Path, environment: SGLangEnvironment, log: Path, **variables:
 
 @contextmanager
 def serving_original(
-    model: Path, environment: SGLangEnvironment, work: Path, saved: Path
+    model: Path, environment: ServerEnvironment, work: Path, saved: Path
 ) -> Iterator[tuple[str, float]]:
     """Boot a server that captures with the original method."""
     plugin = work / "plugin"
@@ -167,15 +189,10 @@ def serving_original(
         yield served
 
 
-def send(url: str, windows: Windows, index: int, rid: str | None = None) -> None:
+def send(url: str, environment: ServerEnvironment, windows: Windows, index: int, rid: str | None = None) -> None:
     """Prefill one window."""
-    body = {
-        "input_ids": windows.token_ids[index].tolist(),
-        "sampling_params": {"max_new_tokens": 1, "temperature": 0},
-        "return_logprob": True,
-        "logprob_start_len": 0,
-    }
-    requests.post(f"{url}/generate", json=body | ({"rid": rid} if rid else {}), timeout=600).raise_for_status()
+    path, body = served_kind(environment.engine).request(rid or uuid.uuid4().hex, windows.token_ids[index].tolist())
+    requests.post(f"{url}{path}", json=body, timeout=600).raise_for_status()
 
 
 def alternate(senders: dict[str, Callable[[int], None]], count: int) -> dict[str, list[float]]:
