@@ -1,11 +1,11 @@
 """Large amounts of work in bounded memory.
 
     python benchmarks/load.py scores                    20 million positions: summary, intervals, verdict, reports
-    python benchmarks/load.py windows --plot FILE       10,000 windows of a tiny model, in process and on a server
+    python benchmarks/load.py windows --plot FILE       10,000 windows of a tiny model, in process and on servers
     python benchmarks/load.py report                    an HTML report of 200 candidates, scrolled in Chromium
 
-Prints times, memory and sizes. `windows` and `report` need the test environment (`.[test]`): the first one's server is
-the tests' small one, and the second one drives a Chromium.
+Prints times, memory and sizes. `windows` and `report` need the test environment (`.[test]`): the first one installs
+SGLang and vLLM for CPUs on first use (`--engine` chooses engines), and the second one drives a Chromium.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def prepared(count: int, work: Path) -> tuple[Path, Any]:
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = Qwen3Config(vocab_size=1024, num_key_value_heads=2, head_dim=16, max_position_embeddings=512, **sizes)
+    config = Qwen3Config(vocab_size=1024, num_key_value_heads=2, head_dim=32, max_position_embeddings=512, **sizes)
     Qwen3ForCausalLM(config).save_pretrained(work / "model")
     ids = np.random.default_rng(0).integers(0, 1024, (count, 32), dtype=np.int32)
     cut = Windows(token_ids=ids, starts=np.arange(count), stride=32, dataset="", text_sha256="", tokenizer="", bos=None)
@@ -130,60 +130,92 @@ def done(cache: Path) -> Callable[[], int]:
     return lambda: sum(1 for _ in cache.glob("captures/*/windows/0*"))
 
 
-def in_process(count: int, work: Path) -> dict[str, Curve]:
-    """Capture so many windows with transformers; return the memory as work is done."""
+def record(engine: Any, subject: Any, cut: Any, cache: Path) -> None:
+    """Capture windows."""
     from pytest_kld.captures.cache import Cache
     from pytest_kld.captures.recording import Recording
-    from pytest_kld.engines.transformers import TransformersEngine
     from pytest_kld.progress import Silent
+
+    recording = Recording(engine=engine, subject=subject, windows=cut, store="hidden", key={})
+    recording.run(Cache(cache), Cache(cache).capture_entry({}), Silent())
+
+
+def in_process(_: str, count: int, work: Path) -> dict[str, Curve]:
+    """Capture so many windows with transformers; return the memory as work is done."""
+    from pytest_kld.engines.transformers import TransformersEngine
     from pytest_kld.subjects.model import ModelSpec
     from pytest_kld.subjects.subject import Subject
 
     model, cut = prepared(count, work)
     subject = Subject(name="tiny", model=ModelSpec.parse(str(model), Path()), engine="transformers")
     engine = TransformersEngine(dtype="float32", device="cpu")
-    recording = Recording(engine=engine, subject=subject, windows=cut, store="hidden", key={})
-    cache = Cache(work / "cache")
     began = time.monotonic()
-    with watched(lambda: [psutil.Process()], done(cache.root)) as curve:
-        recording.run(cache, cache.capture_entry({}), Silent())
+    with watched(lambda: [psutil.Process()], done(work / "cache")) as curve:
+        record(engine, subject, cut, work / "cache")
     print(f"transformers: {count:,} windows in {time.monotonic() - began:.0f} s", flush=True)
     return {"transformers": curve}
 
 
-def served(count: int, work: Path) -> dict[str, Curve]:
-    """Capture so many windows on a server; return the memory of both sides as work is done."""
+def in_small_server(_: str, count: int, work: Path) -> dict[str, Curve]:
+    """Capture so many windows on the tests' small server; return the memory of both sides as work is done."""
     sys.path[:0] = [str(ROOT / "tests" / "engines"), str(ROOT / "tests")]
     from tiny_engine import Tiny
-    from tiny_pool import TinyPool, capture
+    from tiny_pool import TinyPool
 
     model, cut = prepared(count, work)
-    pool, cache = TinyPool(work, Tiny()), work / "cache"
+    pool = TinyPool(work, Tiny())
     try:
         subject = pool.subject(model)
         handle = pool.pool.get(subject.spec, subject.arguments["args"], subject.environment)
-        server = psutil.Process(handle.pid).children()
-        began = time.monotonic()
-        with (
-            watched(lambda: server, done(cache)) as theirs,
-            watched(lambda: [psutil.Process()], done(cache)) as ours,
-        ):
-            capture(pool.of(Tiny()), subject, cut, cache, "hidden")
-        print(f"a server: {count:,} windows in {time.monotonic() - began:.0f} s", flush=True)
+        return both_sides("small server", handle.pid, pool.of(Tiny()), subject, cut, work / "cache")
     finally:
         pool.pool.close()
-    return {"the server": theirs, "its client": ours}
 
 
-def windows(count: int) -> dict[str, Curve]:
-    """Capture so many windows with both engines, each in a process of its own."""
+def in_real_server(name: str, count: int, work: Path) -> dict[str, Curve]:
+    """The same with SGLang or vLLM, all of whose processes count."""
+    sys.path[:0] = [str(ROOT / "tests")]
+    from served import booting
+    from sglang_cpu.environment import sglang_environment
+    from vllm_cpu.environment import vllm_environment
+
+    environment = {"sglang": sglang_environment, "vllm": vllm_environment}[name](work / "hook")
+    model, cut = prepared(count, work)
+    with booting(environment.with_dtype("float32"), work) as boot:
+        server = boot(model)
+        return both_sides(name, server.handle.pid, server.engine, server.subject, cut, work / "cache")
+
+
+def both_sides(name: str, supervisor: int, engine: Any, subject: Any, cut: Any, cache: Path) -> dict[str, Curve]:
+    """Capture windows on a server; return the memory of its processes and of this one as work is done."""
+    server = psutil.Process(supervisor).children(recursive=True)
+    began = time.monotonic()
+    with (
+        watched(lambda: server, done(cache)) as theirs,
+        watched(lambda: [psutil.Process()], done(cache)) as ours,
+    ):
+        record(engine, subject, cut, cache)
+    print(f"{name}: {cut.count:,} windows in {time.monotonic() - began:.0f} s", flush=True)
+    return {name: theirs, f"{name}: its client": ours}
+
+
+ENGINES = {
+    "transformers": in_process,
+    "small": in_small_server,
+    "sglang": in_real_server,
+    "vllm": in_real_server,
+}
+
+
+def windows(count: int, engines: list[str]) -> dict[str, Curve]:
+    """Capture so many windows with each engine, in a process of its own."""
     curves: dict[str, Curve] = {}
-    for engine in (in_process, served):
+    for engine in engines:
         with (
             tempfile.TemporaryDirectory(prefix="pytest-kld-load-") as work,
             ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor,
         ):
-            curves |= executor.submit(engine, count, Path(work)).result()
+            curves |= executor.submit(ENGINES[engine], engine, count, Path(work)).result()
     return curves
 
 
@@ -199,8 +231,8 @@ def describe(curves: dict[str, Curve], count: int) -> None:
 def plot(curves: dict[str, Curve], count: int, path: Path) -> None:
     """Draw memory over the number of windows."""
     width, height, left = 640, 300, 60
-    most = 1.1 * max(taken for curve in curves.values() for _, taken in curve)
-    colours = ("#1f77b4", "#d62728", "#2ca02c")
+    most = 1.25 * max(taken for curve in curves.values() for _, taken in curve)
+    colours = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17becf")
     parts = [f'<rect width="{width}" height="{height}" fill="white"/>']
     for share in (0, 0.25, 0.5, 0.75, 1):
         y, x = 260 - 240 * share, left + 560 * share
@@ -210,7 +242,8 @@ def plot(curves: dict[str, Curve], count: int, path: Path) -> None:
     for number, (name, curve) in enumerate(curves.items()):
         line = " ".join(f"{left + 560 * done / count:.1f},{260 - 240 * taken / most:.1f}" for done, taken in curve)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colours[number]}" stroke-width="2"/>')
-        parts.append(f'<text x="{left + 10 + 190 * number}" y="15" fill="{colours[number]}">{name}</text>')
+        x, y = left + 10 + 190 * (number % 3), 15 + 15 * (number // 3)
+        parts.append(f'<text x="{x}" y="{y}" fill="{colours[number]}">{name}</text>')
     parts.append('<text x="340" y="295" text-anchor="middle">windows on disk</text>')
     font = 'font-family="sans-serif" font-size="12"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" {font}>'
@@ -246,6 +279,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["scores", "windows", "report"])
     parser.add_argument("--count", type=int, help="positions, windows or candidates")
+    parser.add_argument("--engine", action="append", choices=ENGINES, help="for windows; may be given several times")
     parser.add_argument("--plot", type=Path, help="an SVG file for the curves")
     options = parser.parse_args()
     if options.what == "scores":
@@ -257,7 +291,7 @@ def main() -> None:
             report(options.count or 200, Path(work))
         return
     count = options.count or 10_000
-    curves = windows(count)
+    curves = windows(count, options.engine or list(ENGINES))
     describe(curves, count)
     if options.plot:
         plot(curves, count, options.plot)

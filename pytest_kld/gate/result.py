@@ -292,12 +292,25 @@ def _trusts(arguments: Any) -> bool:
     """Tell whether an engine's arguments, as it takes them or as a running server tells them, trust remote code."""
     if isinstance(arguments, Mapping):
         return any(
-            (name.rpartition(".")[2] == "trust_remote_code" and value is True) or _trusts(value)
+            (name.rpartition(".")[2].replace("-", "_") == "trust_remote_code" and _is_on(value)) or _trusts(value)
             for name, value in arguments.items()
         )
     if isinstance(arguments, list | tuple):
-        return any(argument == "--trust-remote-code" or _trusts(argument) for argument in arguments)
+        return any(_is_trusting_flag(argument) or _trusts(argument) for argument in arguments)
     return False
+
+
+def _is_trusting_flag(argument: Any) -> bool:
+    """Tell whether an argument is the flag in any of its spellings: `--trust_remote_code`, `--trust-remote-code=True`."""
+    if not isinstance(argument, str):
+        return False
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") == "--trust-remote-code" and (not equals or _is_on(value))
+
+
+def _is_on(value: Any) -> bool:
+    """Tell whether a switch is on; what is in doubt is on."""
+    return bool(value) and str(value).lower() not in {"false", "0", "no", "off", "none"}
 
 
 def _part(protocol: dict[str, Any], dataset: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from pytest_kld.subjects.model import ModelSpec
 from pytest_kld.text.corpus import load_corpus
 from pytest_kld.text.windows import Windows, cut_windows, load_tokenizer
 
-pytestmark = [pytest.mark.slow, pytest.mark.releases, pytest.mark.sglang]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.sglang]
 
 SIZE = 400
 PREFILL_CHUNK, LOGITS_CHUNK = 160, 100

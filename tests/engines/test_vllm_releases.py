@@ -41,9 +41,7 @@ def text(llama_dir: Path) -> Windows:
     return cut_windows(load_corpus("python-docs", Path()), tokenizer, count=6, size=SIZE, stride=200, label="llama")
 
 
-@pytest.fixture(
-    scope="module", params=[*(pytest.param(older, marks=pytest.mark.releases) for older in OLDER), "0.32.0 V2"]
-)
+@pytest.fixture(scope="module", params=[*(pytest.param(older, marks=pytest.mark.long) for older in OLDER), "0.32.0 V2"])
 def served(
     request: pytest.FixtureRequest, llama_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:

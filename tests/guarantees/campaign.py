@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from cpu_environment import ServerEnvironment
 from filelock import FileLock
 
 from pytest_kld.captures.capture import Capture
@@ -49,7 +50,7 @@ if ENGINE == "tiny":
         return ServedEngine(servers=servers, capture_dir=spool, api_key=None)
 
     measurement.make_engine = make_engine
-else:
+elif ENGINE == "transformers":
     from pytest_kld.engines import transformers
 
     load = transformers.TransformersEngine._load
@@ -61,18 +62,29 @@ else:
 
     transformers.TransformersEngine._load = slow
 """
-"""Runs the tiny engine's real servers in place of transformers, or slows transformers down."""
+"""Runs the tiny engine's real servers in place of transformers, or slows transformers down; else changes nothing."""
 
 
 @dataclass
 class Campaign:
-    """A directory with a cache in which the same gate is run again and again."""
+    """A directory with a cache in which the same gate is run again and again.
+
+    Attributes:
+        directory: an empty directory.
+        engine: `transformers`, `tiny`, or the name of the engine of `environment`.
+        reference: the reference.
+        candidates: the candidates.
+        text: the corpus.
+        environment: where the servers of a real engine run; None for the others.
+
+    """
 
     directory: Path
     engine: str
     reference: Path
     candidates: tuple[Path, ...]
     text: Path
+    environment: ServerEnvironment | None = None
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -93,7 +105,8 @@ class Campaign:
         """Start the gate as a shell does, as the leader of a process group; its output goes to a file."""
         plugins = ("no:cacheprovider", "no:hypothesispytest", "no:anyio", "no:platformdirs")
         command = [
-            *(sys.executable, "-m", "pytest", "--kld-engine=transformers", f"--kld-ref={self.reference}"),
+            *(sys.executable, "-m", "pytest", f"--kld-ref={self.reference}"),
+            *(self.environment.options() if self.environment else ["--kld-engine=transformers"]),
             *(word for plugin in plugins for word in ("-p", plugin)),
             *(f"--kld-candidate={path}" for path in self.candidates),
             *(f"--kld-dataset={self.text}", f"--kld-cache-dir={self.cache}"),
@@ -159,8 +172,9 @@ class Campaign:
         return found
 
     def servers(self) -> list[psutil.Process]:
-        """Return the servers themselves, without their supervisors."""
-        return [process for process in self.processes() if process.cmdline()[1:3] == ["-m", "tiny_server"]]
+        """Return the servers themselves, without their supervisors and what they start."""
+        launch = list(self.environment.launch) if self.environment else ["-m", "tiny_server"]
+        return [process for process in self.processes() if process.cmdline()[1 : 1 + len(launch)] == launch]
 
     def require_nobody(self, seconds: float = 30) -> None:
         """Check that every process of ours is gone, and with it every port and every lock."""

@@ -87,8 +87,11 @@ def test_code_of_a_model_runs_only_if_it_is_trusted_and_an_error_names_it_too(
     [
         {"trust_remote_code": True},
         {"args": ["--tp", "2", "--trust-remote-code"]},
+        {"args": ["--trust_remote_code"]},
+        {"args": ["--trust-remote-code=True"]},
+        {"trust_remote_code": 1},
+        {"trust-remote-code": "true"},
     ],
-    ids=["transformers", "flags"],
 )
 def test_a_side_that_trusts_its_model_is_named_even_if_it_was_not_measured(arguments: dict[str, Any]) -> None:
     result = error_result(Subject(name="m", arguments=arguments))
@@ -102,6 +105,8 @@ def test_a_side_that_trusts_its_model_is_named_even_if_it_was_not_measured(argum
     [
         {"args": ["--tp", "2"]},
         {"trust_remote_code": False},
+        {"trust_remote_code": "False"},
+        {"args": ["--trust-remote-code=false", "--trust-remote-codes"]},
         {"revision": "--trust-remote-code"},
     ],
 )

@@ -1,0 +1,118 @@
+"""The same with the real SGLang and vLLM: killed at any point from the start of a boot to the last window.
+
+Not part of the README's command: each try boots two servers. `KLD_CAMPAIGN_SEEDS` says how many points are tried.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import TINY, MakeModel
+from cpu_environment import ServerEnvironment
+from guarantees.campaign import SEEDS, Campaign
+from transformers import LlamaConfig
+
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """What a gate measures, and how many seconds it takes, if nothing happens."""
+
+    figures: dict[str, Any]
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def make_campaign(engine: ServerEnvironment, make_model: MakeModel, text_file: Path) -> Callable[[Path], Campaign]:
+    """A function that returns a gate of a tiny Llama, whose heads are of a size that every engine runs."""
+    config = LlamaConfig(**{**TINY, "head_dim": 32}, tie_word_embeddings=False)
+    reference, candidate = make_model("killed-llama", config), make_model("killed-noisy", config, noise=0.0005)
+    return lambda directory: Campaign(directory, engine.engine, reference, (candidate,), text_file, engine)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(make_campaign: Callable[[Path], Campaign], tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    began = time.monotonic()
+    figures = make_campaign(tmp_path_factory.mktemp("undisturbed") / "campaign").completes()
+    return Undisturbed(figures, time.monotonic() - began)
+
+
+@pytest.fixture
+def campaign(make_campaign: Callable[[Path], Campaign], tmp_path: Path) -> Iterator[Campaign]:
+    made = make_campaign(tmp_path / "campaign")
+    yield made
+    made.end()
+
+
+def points(seed: str, undisturbed: Undisturbed) -> Iterator[float]:
+    """Return the seconds after which something dies, one for each try, anywhere in an undisturbed gate."""
+    chance = random.Random(seed)
+    for _ in range(SEEDS):
+        yield chance.uniform(1, undisturbed.seconds)
+
+
+def wait(campaign: Campaign, seconds: float) -> subprocess.Popen[str]:
+    """Start a gate and return its process after some seconds, or when it ended."""
+    process = campaign.start()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=seconds)
+    return process
+
+
+def test_a_process_of_a_server_killed_at_a_random_point_is_an_error_or_changes_nothing(
+    campaign: Campaign, undisturbed: Undisturbed
+) -> None:
+    """A server is several processes, and any of them may die; some are helpers that a capture does without."""
+    chance = random.Random(f"which of {campaign.engine}")
+    errors = 0
+    for seconds in points(f"server of {campaign.engine}", undisturbed):
+        process = wait(campaign, seconds)
+        killed = "none: nothing was up"
+        for server in campaign.servers():
+            with suppress(psutil.NoSuchProcess):
+                one = chance.choice([server, *server.children(recursive=True)])
+                killed = " ".join(one.cmdline())[:100]
+                one.kill()
+        output = campaign.output(process)
+        outcome = campaign.result()["outcome"]
+        print(f"{campaign.engine}: after {seconds:.1f} s, killed {killed}: {outcome}, {campaign.windows()} windows")
+        if process.returncode == 0:
+            assert campaign.result()["figures"] == undisturbed.figures
+            shutil.rmtree(campaign.cache)
+            continue
+        assert (process.returncode, outcome) == (1, "error"), output
+        errors += 1
+        campaign.require_nobody()
+        campaign.require_whole()
+    assert errors or SEEDS < 3
+    campaign.completes(undisturbed.figures)
+
+
+def test_pytest_killed_at_a_random_point_leaves_nothing_that_is_read_and_the_rerun_goes_on(
+    campaign: Campaign, undisturbed: Undisturbed
+) -> None:
+    for seconds in points(f"pytest with {campaign.engine}", undisturbed):
+        process = wait(campaign, seconds)
+        ended = process.poll() is not None
+        process.kill()
+        process.wait()
+        print(
+            f"{campaign.engine}: pytest {'ended' if ended else 'killed'} after {seconds:.1f} s, "
+            f"{campaign.windows()} windows"
+        )
+        campaign.require_nobody()
+        campaign.require_whole()
+        if ended:
+            shutil.rmtree(campaign.cache)
+    campaign.completes(undisturbed.figures)
