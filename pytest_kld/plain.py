@@ -78,10 +78,12 @@ def without_surrogates(text: str) -> str:
 def json_escaped(text: str) -> str:
     r"""Return JSON with each unsafe character, except line feeds and tabs, written as a JSON escape.
 
-    In the output of `json.dumps(..., ensure_ascii=False)` such characters occur only inside strings, so the JSON keeps
-    its meaning: `\u202e` is read back as the original character.
+    So is the first character of what a CI runner would take for a command: `\u0023#[error]`. In the output of
+    `json.dumps(..., ensure_ascii=False)` all of these occur only inside strings, so the JSON keeps its meaning:
+    `\u202e` is read back as the original character.
     """
-    return _SUSPECT.sub(lambda match: match[0] if match[0] in LINES else _in_json(match[0]), text)
+    shown = _SUSPECT.sub(lambda match: match[0] if match[0] in LINES else _in_json(match[0]), text)
+    return _COMMAND.sub(lambda match: match[0].replace("#", r"\u0023").replace(":", r"\u003a"), shown)
 
 
 def _in_json(char: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pytest_kld.session.collection import (
+from pytest_kld.collecting.collection import (
     MARKER,
     SUITE_SUFFIX,
     add_builtin_gate,
@@ -23,7 +23,7 @@ from pytest_kld.session.collection import (
     request_fixture_of_marked,
     require_runnable,
 )
-from pytest_kld.session.config import CONFIG, add_options, build_config
+from pytest_kld.collecting.items import has_result, is_matrix, uses_kld
 from pytest_kld.session.fixtures import (  # noqa: F401 (pytest finds fixtures by their names in this module)
     _kld_gate,
     _kld_matrix,
@@ -45,9 +45,9 @@ from pytest_kld.session.fixtures import (  # noqa: F401 (pytest finds fixtures b
     kld_windows,
 )
 from pytest_kld.session.gating import attach_result, check_limits, require_baseline
-from pytest_kld.session.header import header
-from pytest_kld.session.items import has_result, is_matrix, uses_kld
 from pytest_kld.session.results import make_results
+from pytest_kld.settings.config import CONFIG, add_options, build_config
+from pytest_kld.settings.header import header
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -71,7 +71,7 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
     """Collect suite files."""
     if not file_path.name.endswith(SUITE_SUFFIX):
         return None
-    from pytest_kld.session.suite_items import suite_module
+    from pytest_kld.collecting.suite_items import suite_module
 
     return suite_module(file_path, parent)
 
@@ -101,18 +101,18 @@ def pytest_collection_modifyitems(session: pytest.Session, items: list[pytest.It
     refuse_unfit_engines(session, items)
     refuse_unmeasured(session, items)
     if session.config.stash[CONFIG].matrix is not None:
-        from pytest_kld.session.matrices import add_matrices
+        from pytest_kld.collecting.matrices import add_matrices
 
         add_matrices(session, items)
     mark_gated(items)
     yield
     keep_suites_together(items)
     if any(map(is_matrix, items)):
-        from pytest_kld.session.matrices import place_matrices
+        from pytest_kld.collecting.matrices import place_matrices
 
         place_matrices(items)
     if session.config.stash[CONFIG].shard is not None:
-        from pytest_kld.session.shards import keep_share
+        from pytest_kld.collecting.shards import keep_share
 
         keep_share(session, items)
     refuse_idle_markers(session, items)

@@ -43,9 +43,9 @@ from pytest_kld.files import sha256_of_file, sha256_of_json
 from pytest_kld.hook.protocol import ORIGIN, PROTOCOL
 from pytest_kld.progress import Silent
 from pytest_kld.report.json_file import write_json_report
-from pytest_kld.session.suite_file import read_suite_file
 from pytest_kld.subjects.digests import FileDigests
 from pytest_kld.subjects.model import ModelSpec
+from pytest_kld.suites.file import read_suite_file
 from pytest_kld.text.corpus import load_corpus
 from pytest_kld.throughput.gauges import Gauges
 from pytest_kld.throughput.runner import LoadSettings, _Run, _Target

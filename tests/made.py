@@ -98,7 +98,7 @@ def made_matrix(
         figures = {"disagreement": 0.125, "positions": 99, "not_finite": 0, "difference": 0.25}
         found = Between(forth=forth, back=back, difference_interval=difference, **figures)
         labels = members[one].label, members[other].label
-        checks = () if bound is None else judge_pair(*labels, found, bound, windows=WINDOWS, each_dataset=False)
+        checks = () if bound is None else judge_pair(*labels, found, bound, windows={None: WINDOWS}, each_dataset=False)
         told = [check_to_json(check) for check in checks]
         pairs.append({"first": labels[0], "second": labels[1], **found.to_json(), "checks": told, "floor": None})
     about = {"protocol": {"dataset": "a text", "windows": WINDOWS}, "skip_first": 0, "head": "exact", "versions": {}}

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from pytest_kld import plugin
+from pytest_kld.collecting.kld import KLD
 from pytest_kld.figures.scores import Summary
 from pytest_kld.gate.limits import LIMITS, MATRIX_LIMITS
 from pytest_kld.session import fixtures
-from pytest_kld.session.kld import KLD
-from pytest_kld.session.options import OPTIONS
+from pytest_kld.settings.options import OPTIONS
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pytest_kld.session.items import is_gated, is_matrix
-from pytest_kld.session.subjects import candidate_of
+from pytest_kld.collecting.items import is_gated, is_matrix
+from pytest_kld.settings.subjects import candidate_of
 
 EXAMPLES = Path(__file__).parent.parent / "conftest_examples"
 

@@ -12,17 +12,12 @@ if TYPE_CHECKING:
 
 HEAVY = ("torch", "numpy", "transformers", "safetensors", "datasets", "pyarrow", "huggingface_hub", "junitparser")
 NEEDED_WITHOUT_A_GATE = {
-    *("pytest_kld", "pytest_kld.plugin", "pytest_kld.errors", "pytest_kld.gate", "pytest_kld.gate.limits"),
-    *(
-        "pytest_kld.session",
-        "pytest_kld.session.collection",
-        "pytest_kld.session.config",
-        "pytest_kld.session.fixtures",
-    ),
-    *("pytest_kld.session.gating", "pytest_kld.session.header", "pytest_kld.session.items"),
-    "pytest_kld.session.options",
-    *("pytest_kld.session.parsers", "pytest_kld.session.results", "pytest_kld.plain", "pytest_kld.gate.number"),
-    "pytest_kld.gate.speed_limits",
+    *("pytest_kld", "pytest_kld.plugin", "pytest_kld.errors", "pytest_kld.plain"),
+    *("pytest_kld.gate", "pytest_kld.gate.limits", "pytest_kld.gate.number", "pytest_kld.gate.speed_limits"),
+    *("pytest_kld.settings", "pytest_kld.settings.config", "pytest_kld.settings.header"),
+    *("pytest_kld.settings.options", "pytest_kld.settings.parsers"),
+    *("pytest_kld.collecting", "pytest_kld.collecting.collection", "pytest_kld.collecting.items"),
+    *("pytest_kld.session", "pytest_kld.session.fixtures", "pytest_kld.session.gating", "pytest_kld.session.results"),
 }
 """The modules of the package that a session without a gate loads: hooks, options, fixtures' definitions. Each further
 module costs every pytest session of a user about half a millisecond; see benchmarks/README.md."""

@@ -18,7 +18,7 @@ from pytest_kld.engines.sglang.kind import SGLang
 from pytest_kld.engines.vllm.kind import VLLM
 from pytest_kld.hook.protocol import CaptureRequest, new_run
 from pytest_kld.hook.recorder import Recorder
-from pytest_kld.session.options import OPTIONS
+from pytest_kld.settings.options import OPTIONS
 from pytest_kld.subjects.model import ModelSpec
 
 PACKAGE = Path(pytest_kld.__file__).parent

@@ -30,7 +30,11 @@ ROOMS = (
     "diagnosis",  # figures to known faults
     "report",  # results to terminal, JUnit, JSON, HTML, Markdown
     "gate_only",  # the built-in gate, a module that pytest can be pointed at
-    "session",  # the pytest side
+    "settings",  # what the user asked for: options, engines, Subjects
+    "suites",  # suite files to settings and Subjects
+    "collecting",  # which tests are gated, of what, and those that a session adds
+    "measuring",  # a session's captures, scores, floors, matrices, speed
+    "session",  # fixtures, gated tests while they run, results, the plan
     "command",  # the console command
     "plugin",  # pytest's hooks
 )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 import unicodedata
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_kld.plain import LINES, plain, without_surrogates
+from pytest_kld.plain import LINES, json_escaped, plain, without_surrogates
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()))
 """Text with lone surrogates, control characters and unassigned code points."""
@@ -43,6 +45,13 @@ def test_lines_and_tabs_of_a_message_may_stay() -> None:
 
 def test_no_line_of_a_message_is_a_command_of_a_ci_runner() -> None:
     assert plain("it said:\n\t::stop-commands::x\nno::ne", keep=LINES) == "it said:\n\t\\x3a:stop-commands::x\nno::ne"
+
+
+def test_no_json_is_a_command_of_a_ci_runner_and_it_keeps_its_meaning() -> None:
+    text = "##[error]said \x1b the ##vso[task.setvariable]"
+    written = json_escaped(json.dumps([text], ensure_ascii=False, indent=2))
+    assert not re.search(r"##\w*\[|\x1b", written)
+    assert json.loads(written) == [text]
 
 
 @given(ANY_TEXT)

@@ -234,7 +234,7 @@ def _surplus(entries: Sequence[Entry], size: int) -> list[Entry]:
 
 
 def _bytes(text: str) -> int:
-    from pytest_kld.session.parsers import size
+    from pytest_kld.settings.parsers import size
 
     try:
         return size(text, Path())

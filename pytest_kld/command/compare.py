@@ -71,7 +71,7 @@ def _compare(reference: Path, candidate: Path, *, head: HeadMode, device: str, e
     from pytest_kld.figures.compare import compare as compare_captures
     from pytest_kld.kernel.device import pick_device
     from pytest_kld.servers.leases import lease_device, lease_directory
-    from pytest_kld.session.parsers import device as parse_device
+    from pytest_kld.settings.parsers import device as parse_device
 
     try:
         chosen = pick_device(parse_device(device, reference))

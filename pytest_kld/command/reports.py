@@ -84,13 +84,13 @@ def _parsed(parse: Callable[[str, Path], Any]) -> Callable[[click.Context, click
 
 
 def _confidence(text: str, base: Path) -> float:
-    from pytest_kld.session.parsers import confidence
+    from pytest_kld.settings.parsers import confidence
 
     return confidence(text, base)
 
 
 def _report_file(text: str, base: Path) -> Path:
-    from pytest_kld.session.parsers import report_file
+    from pytest_kld.settings.parsers import report_file
 
     return Path(text) if text == "-" else report_file(text, base)
 
@@ -148,10 +148,10 @@ def result_of(scores: Scores, name: str, judging: Judging) -> GateResult:
         ScoresError: nothing was measured, or a figure that has a limit is missing.
 
     """
+    from pytest_kld.collecting.kld import KLD
     from pytest_kld.diagnosis import diagnose
     from pytest_kld.gate.limits import DEFAULT_BOUNDS, merge_bounds
     from pytest_kld.gate.result import GateResult
-    from pytest_kld.session.kld import KLD
 
     size = scores.about["protocol"]["window_size"]
     if judging.skip_first > size - 2:

@@ -28,7 +28,7 @@ def judge_pair(
     found: Between,
     bound: float,
     *,
-    windows: int,
+    windows: Mapping[str | None, int],
     each_dataset: bool,
     floors: Mapping[str | None, float] | None = None,
 ) -> tuple[Check, ...]:
@@ -39,7 +39,7 @@ def judge_pair(
         second: that of the second.
         found: their figures; a direction without an interval is compared by its mean.
         bound: the limit in nats.
-        windows: the number of windows that were measured.
+        windows: the number of windows of each dataset, and of all under None.
         each_dataset: whether the limit also holds for each of several datasets.
         floors: the floor of the mean on each dataset, and on all under None, in nats; None if it was not measured.
 
@@ -53,7 +53,7 @@ def judge_pair(
             bound=bound,
             dataset=dataset,
             interval=direction.interval,
-            windows=windows,
+            windows=windows[dataset],
             floor=None if floors is None else floors[dataset],
         )
 
@@ -167,12 +167,12 @@ class MatrixResult:
         """Describe which pairs exceed the limit, and which do not."""
         checks = self.checks
         words = {"fail": "FAIL", "inconclusive": "?   ", "pass": "ok  "}
-        exceeded, undecided = (sum(one["state"] == state for one in checks) for state in ("fail", "inconclusive"))
+        states = [worst_state([one["state"] for one in pair["checks"]]) for pair in self.pairs]
         headline = f"every pair is within {LIMIT.name}" if checks else "no limit"
-        if exceeded:
-            headline = f"{exceeded} of {len(checks)} pairs exceed {LIMIT.name}"
-        elif undecided:
-            headline = f"{undecided} of {len(checks)} pairs inconclusive for {LIMIT.name}"
+        if exceeded := states.count("fail"):
+            headline = f"{exceeded} of {len(states)} pairs exceed {LIMIT.name}"
+        elif undecided := states.count("inconclusive"):
+            headline = f"{undecided} of {len(states)} pairs inconclusive for {LIMIT.name}"
         ordered = sorted(checks, key=lambda one: -_STATES.index(one["state"]))
         lines = [f"  {words[one['state']]}  {one['text']}" for one in ordered]
         lines += [f"  -     {label} is not in the matrix: {why}" for label, why in self.gaps.items()]

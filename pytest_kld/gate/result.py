@@ -301,7 +301,7 @@ def _trusts(arguments: Any) -> bool:
 
 
 def _is_trusting_flag(argument: Any) -> bool:
-    """Tell whether an argument is the flag in any of its spellings: `--trust_remote_code`, `--trust-remote-code=True`."""
+    """Tell whether an argument is the flag in any spelling: `--trust_remote_code`, `--trust-remote-code=True`."""
     if not isinstance(argument, str):
         return False
     name, equals, value = argument.partition("=")

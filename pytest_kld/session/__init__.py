@@ -1,1 +1,1 @@
-"""The pytest side: options, collection, fixtures, and the measurement of a session."""
+"""What happens to a session: fixtures, gated tests, results, plan."""

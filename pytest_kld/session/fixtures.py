@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_kld.errors import KLDError, ModelError
-from pytest_kld.gate.limits import needs_extended
-from pytest_kld.session.config import CONFIG, KLDConfig, config_of
-from pytest_kld.session.items import (
+from pytest_kld.collecting.items import (
     FLOOR,
     GATE,
     PROBLEM,
@@ -25,18 +22,21 @@ from pytest_kld.session.items import (
     is_gated,
     needed_paths,
 )
+from pytest_kld.errors import KLDError, ModelError
+from pytest_kld.gate.limits import needs_extended
+from pytest_kld.settings.config import CONFIG, KLDConfig, config_of
 
 if TYPE_CHECKING:  # imported by the fixtures that need them: a session without a gate does not pay for them
     from pytest_kld.captures.capture import Capture
+    from pytest_kld.collecting.kld import KLD
+    from pytest_kld.collecting.paths import NeededPaths
     from pytest_kld.engines.served.pool import ServerHandle
     from pytest_kld.figures.scores import Scores
     from pytest_kld.gate.matrix import MatrixResult
     from pytest_kld.gate.speed import SpeedVerdict
-    from pytest_kld.session.kld import KLD
-    from pytest_kld.session.measurement import Measurement
-    from pytest_kld.session.paths import NeededPaths
-    from pytest_kld.session.speed import Speeds
-    from pytest_kld.session.subjects import Overrides, Role
+    from pytest_kld.measuring.measurement import Measurement
+    from pytest_kld.measuring.speed import Speeds
+    from pytest_kld.settings.subjects import Overrides, Role
     from pytest_kld.subjects.subject import EnginePath, Subject
     from pytest_kld.text.windows import Windows
 
@@ -125,8 +125,8 @@ def kld_path(request: pytest.FixtureRequest) -> EnginePath | None:
 @pytest.fixture(scope="session")
 def _kld_measurement(kld_config: KLDConfig, request: pytest.FixtureRequest) -> Iterator[Measurement]:
     with _measuring():
+        from pytest_kld.measuring.measurement import Measurement
         from pytest_kld.report.terminal import TerminalProgress
-        from pytest_kld.session.measurement import Measurement
 
         progress, decodes = TerminalProgress(request.config), any_decodes(request.session.items, kld_config)
         measurement = Measurement(kld_config, progress, decodes=decodes)
@@ -141,7 +141,7 @@ def _kld_overrides(
     kld_server_args: Mapping[str, Sequence[str]],
     kld_server_env: Mapping[str, Mapping[str, str]],
 ) -> Overrides:
-    from pytest_kld.session.subjects import Overrides
+    from pytest_kld.settings.subjects import Overrides
 
     return Overrides(
         loading={"reference": kld_reference_args, "candidate": kld_candidate_args},
@@ -161,7 +161,7 @@ def kld_server(
     run in several. A server is shut down when another needs its GPUs, before a comparison, and at the end; call the
     function again to get a running one.
     """
-    from pytest_kld.session.subjects import find_subject
+    from pytest_kld.settings.subjects import find_subject
     from pytest_kld.subjects.subject import MOE_BACKEND
 
     def serve(
@@ -190,8 +190,8 @@ def _kld_speeds(
     _kld_overrides: Overrides,
 ) -> Speeds | None:
     """The speeds of the session's models; None if no test wants any."""
-    from pytest_kld.session.speed import Speeds, all_concurrencies
-    from pytest_kld.session.subjects import candidate_of
+    from pytest_kld.measuring.speed import Speeds, all_concurrencies
+    from pytest_kld.settings.subjects import candidate_of
 
     gated = [item for item in request.session.items if is_gated(item) and config_of(item) is kld_config]
     concurrencies = all_concurrencies(gated)
@@ -218,7 +218,7 @@ def kld_reference(
     _kld_speeds: Speeds | None,
 ) -> Capture:
     """The reference's capture, from the cache or made now. With --kld-windows=auto it is that of the first round."""
-    from pytest_kld.session.subjects import on_path, reference_of
+    from pytest_kld.settings.subjects import on_path, reference_of
 
     with _measuring():
         if kld_config.ref is None:
@@ -232,7 +232,7 @@ def kld_reference(
             )
             workers = hasattr(request.config, "workerinput")  # these run side by side already
             if not workers and _kld_speeds is None:  # other servers would slow down the one whose speed is measured
-                from pytest_kld.session.ahead import capture_side_by_side
+                from pytest_kld.measuring.ahead import capture_side_by_side
 
                 extended = _needs_extended(request, kld_config)
                 paths = _kld_needed_paths.beside(reference, is_reference=True)
@@ -247,7 +247,7 @@ def kld_reference(
 
 def _subjects_of_suite(request: pytest.FixtureRequest, config: KLDConfig) -> list[Subject]:
     """Return the Subjects of a suite that this session runs."""
-    from pytest_kld.session.subjects import candidate_of
+    from pytest_kld.settings.subjects import candidate_of
 
     return [
         candidate_of(item)
@@ -276,7 +276,7 @@ def kld_candidate(
     Parametrized over `--kld-candidate`; a test's own
     `@pytest.mark.parametrize("kld_candidate", ["MODEL", …], indirect=True)` replaces that.
     """
-    from pytest_kld.session.subjects import find_subject, on_path
+    from pytest_kld.settings.subjects import find_subject, on_path
     from pytest_kld.subjects.subject import MOE_BACKEND
 
     with _measuring():
@@ -298,7 +298,7 @@ def kld_candidate(
 
 def _only_candidate(config: KLDConfig) -> Subject:
     """Return the only candidate, for a test that requested the fixture while it ran, too late to be parametrized."""
-    from pytest_kld.session.subjects import candidates_of
+    from pytest_kld.settings.subjects import candidates_of
 
     candidates = candidates_of(config)
     if not candidates:
@@ -327,11 +327,11 @@ def _kld_gate(
 
     It is separate from `kld`, so that a project's own fixture of that name does not switch the gate off.
     """
+    from pytest_kld.collecting.kld import KLD
     from pytest_kld.diagnosis import diagnose
     from pytest_kld.figures.saw import what_was_seen
-    from pytest_kld.session.floors import Floors
-    from pytest_kld.session.kld import KLD
-    from pytest_kld.session.subjects import candidate_of, on_path, reference_of
+    from pytest_kld.measuring.floors import Floors
+    from pytest_kld.settings.subjects import candidate_of, on_path, reference_of
 
     with _measuring():
         if isinstance(kld_candidate, str):
@@ -370,7 +370,7 @@ def _kld_gate(
             floor=floor,
         )
         if kld_config.baseline is not None:
-            from pytest_kld.session.holding import hold
+            from pytest_kld.measuring.holding import hold
 
             figures.baseline = hold(figures, kld_config)
         request.node.stash[FLOOR] = figures.floor_to_json()
@@ -391,7 +391,7 @@ def _kld_matrix(
     _kld_overrides: Overrides,
 ) -> MatrixResult:
     """The figures of a matrix, which `_kld_matrix`'s parameter describes; see `matrices.Matrix`."""
-    from pytest_kld.session.comparing import Comparing
+    from pytest_kld.measuring.comparing import Comparing
 
     with _measuring():
         comparing = Comparing(
@@ -429,7 +429,7 @@ def kld(_kld_gate: KLD) -> KLD:
 
 def _speed(request: pytest.FixtureRequest, speeds: Speeds | None, candidate: Subject) -> SpeedVerdict | None:
     """Return the verdict on a candidate's speed; None if the test wants none."""
-    from pytest_kld.session.speed import speed_bounds_of, speed_verdict
+    from pytest_kld.measuring.speed import speed_bounds_of, speed_verdict
 
     if speeds is not None:
         return speed_verdict(request.node, speeds, candidate)
@@ -453,7 +453,7 @@ def _scores(
     config = measurement.config
     extended = _needs_extended(request, config)
     if config.adaptive:
-        from pytest_kld.session.rounds import Rounds
+        from pytest_kld.measuring.rounds import Rounds
 
         rounds = Rounds(
             measurement=measurement,

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_kld.collecting.items import FLOOR, GATE, SETUP_SECONDS, Gate, bounds_of, is_gated
 from pytest_kld.plain import LINES, plain
-from pytest_kld.session.config import config_of
-from pytest_kld.session.items import FLOOR, GATE, SETUP_SECONDS, Gate, bounds_of, is_gated
+from pytest_kld.settings.config import config_of
 
 if TYPE_CHECKING:  # imported by what needs them: a session without a gate does not pay for them
+    from pytest_kld.collecting.kld import KLD
     from pytest_kld.gate.result import GateResult, Outcome
     from pytest_kld.gate.verdict import State
-    from pytest_kld.session.kld import KLD
 
 _BODY_PASSED = pytest.StashKey[bool]()
 """Set when the limits decide a test's outcome, so that it is not mistaken for a failure or a skip of the body."""
@@ -28,7 +28,7 @@ def require_baseline(item: pytest.Item) -> None:
         return
     from pytest_kld.errors import BaselineError
     from pytest_kld.gate.baseline import find_baseline, no_baseline
-    from pytest_kld.session.subjects import candidate_of
+    from pytest_kld.settings.subjects import candidate_of
 
     candidate = candidate_of(item).label
     try:
@@ -114,7 +114,7 @@ def attach_result(item: pytest.Item, report: pytest.TestReport) -> None:
 
 def _result(item: pytest.Item, report: pytest.TestReport, kld: KLD | None) -> GateResult:
     from pytest_kld.gate.result import GateResult
-    from pytest_kld.session.subjects import candidate_of, on_path, reference_as_named
+    from pytest_kld.settings.subjects import candidate_of, on_path, reference_as_named
 
     config = config_of(item)
     gate = item.stash.get(GATE, None)

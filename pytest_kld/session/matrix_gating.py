@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_kld.session.config import config_of
-from pytest_kld.session.items import SETUP_SECONDS
+from pytest_kld.collecting.items import SETUP_SECONDS
+from pytest_kld.settings.config import config_of
 
 if TYPE_CHECKING:
     from pytest_kld.gate.matrix import MatrixResult
@@ -45,8 +45,8 @@ def attach_matrix(item: pytest.Item, report: pytest.TestReport) -> None:
 
 
 def _result(item: pytest.Item, report: pytest.TestReport, found: MatrixResult | None) -> MatrixResult:
-    from pytest_kld.session.comparing import planned_matrix
-    from pytest_kld.session.matrix import matrix_of
+    from pytest_kld.collecting.matrix import matrix_of
+    from pytest_kld.measuring.comparing import planned_matrix
 
     seconds = item.stash.get(SETUP_SECONDS, 0.0) + (report.duration if report.when == "call" else 0.0)
     if found is None or report.when != "call":

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_kld.collecting.collection import SUITE_SUFFIX
+from pytest_kld.collecting.items import is_gated, is_matrix
 from pytest_kld.errors import KLDError
-from pytest_kld.session.collection import SUITE_SUFFIX
-from pytest_kld.session.config import CONFIG, config_of
-from pytest_kld.session.items import is_gated, is_matrix
-from pytest_kld.session.subjects import candidate_of, candidates_of, on_path, reference_as_named
+from pytest_kld.settings.config import CONFIG, config_of
+from pytest_kld.settings.subjects import candidate_of, candidates_of, on_path, reference_as_named
 from pytest_kld.subjects.subject import Subject
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ def matrices_of_plan(items: Iterable[pytest.Item]) -> list[MatrixResult]:
     found = [item for item in items if is_matrix(item)]
     if not found:
         return []
-    from pytest_kld.session.comparing import planned_matrix
-    from pytest_kld.session.matrix import matrix_of
+    from pytest_kld.collecting.matrix import matrix_of
+    from pytest_kld.measuring.comparing import planned_matrix
 
     matrices = [(item, matrix_of(item)) for item in found]
     return [planned_matrix(matrix, item.nodeid, config_of(item)) for item, matrix in matrices if matrix is not None]
@@ -113,7 +113,7 @@ class WorkerPlan:
 def _share_of(config: pytest.Config) -> list[int] | None:
     if config.stash[CONFIG].shard is None:
         return None
-    from pytest_kld.session.shards import SHARE
+    from pytest_kld.collecting.shards import SHARE
 
     share = config.stash[SHARE]
     return [share.subjects, share.of_subjects]

@@ -14,24 +14,24 @@ import pytest
 
 from pytest_kld.captures.recording import capture_bytes
 from pytest_kld.captures.timing import EarlierRuns
+from pytest_kld.collecting.items import PROBLEM, any_decodes, is_gated
 from pytest_kld.engines.served.engine import ServedEngine
 from pytest_kld.errors import KLDError, ReportError
 from pytest_kld.files import write_report
+from pytest_kld.measuring.measurement import Measurement
 from pytest_kld.plain import json_escaped, plain
 from pytest_kld.progress import Silent
 from pytest_kld.report.plan import Plan, PlannedSubject
 from pytest_kld.servers.leases import visible_gpus
 from pytest_kld.servers.schedule import Job, in_turn, place
-from pytest_kld.session.config import CONFIG, config_of
-from pytest_kld.session.items import PROBLEM, any_decodes, is_gated
-from pytest_kld.session.measurement import Measurement
 from pytest_kld.session.plan import matrices_of_plan
-from pytest_kld.session.subjects import Overrides, Role, candidate_of, reference_of
+from pytest_kld.settings.config import CONFIG, config_of
+from pytest_kld.settings.subjects import Overrides, Role, candidate_of, reference_of
 from pytest_kld.subjects.model import is_capture
 from pytest_kld.subjects.subject import Subject
 
 if TYPE_CHECKING:
-    from pytest_kld.session.config import KLDConfig
+    from pytest_kld.settings.config import KLDConfig
     from pytest_kld.text.windows import Windows
 
 _CHECK_ROWS = 2

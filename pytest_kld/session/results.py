@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_kld.collecting.items import is_gated, is_matrix
 from pytest_kld.errors import ReportError
 from pytest_kld.plain import LINES, plain
-from pytest_kld.session.config import CONFIG, JOB_SUMMARY
-from pytest_kld.session.items import is_gated, is_matrix
+from pytest_kld.settings.config import CONFIG, JOB_SUMMARY
 
 if TYPE_CHECKING:  # imported by what needs them: a session without a gate does not pay for them
     import tempfile
@@ -21,10 +21,10 @@ if TYPE_CHECKING:  # imported by what needs them: a session without a gate does 
 
     from _pytest.terminal import TerminalReporter
 
+    from pytest_kld.collecting.shards import Share
     from pytest_kld.gate.matrix import MatrixResult
     from pytest_kld.gate.result import GateResult, Incomplete
     from pytest_kld.session.plan import Planned, WorkerPlan
-    from pytest_kld.session.shards import Share
 
 _CRASH = "???"
 """The phase that xdist reports for a test whose worker died."""
@@ -61,7 +61,7 @@ class Results:
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Record what is going to be measured, and this shard's share of it."""
         if self._config.stash[CONFIG].shard is not None and not hasattr(self._config, "workerinput"):
-            from pytest_kld.session.shards import SHARE
+            from pytest_kld.collecting.shards import SHARE
 
             self._share = self._config.stash.get(SHARE, None)
         if not any(is_gated(item) or is_matrix(item) for item in session.items):
@@ -99,7 +99,7 @@ class Results:
             end_orderly(self._config)
         shard = self._config.stash[CONFIG].shard
         if shard is not None and (known := share_of_worker(Path(node.workerinput[PLAN_FILE]))) is not None:
-            from pytest_kld.session.shards import Share
+            from pytest_kld.collecting.shards import Share
 
             self._share = Share(shard, *known)
 

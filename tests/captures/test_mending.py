@@ -319,7 +319,7 @@ def test_a_file_that_changes_while_it_is_compared_is_found(cache: Cache, mean: f
         from pathlib import Path
         from importlib import import_module
 
-        scoring = import_module("pytest_kld.session.scoring")
+        scoring = import_module("pytest_kld.measuring.scoring")
 
         @pytest.fixture(scope="session", autouse=True)
         def damage():

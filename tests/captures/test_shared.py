@@ -286,7 +286,7 @@ def test_refresh_makes_the_capture_again_and_replaces_the_shared_one(
     assert CountingEngine.runs == 2
     assert manifest.stat().st_mtime_ns > before
     entry = Cache(tmp_path / "third").capture_entry(
-        Capture.open(next(again.cache.root.glob("captures/*"))).manifest["key"]
+        Capture.open(next(again.cache.root.glob("captures/*/"))).manifest["key"]
     )
     assert not again.shared.offers(entry)
     assert not again.shared.pull(Cache(tmp_path / "third"), entry, "it")

@@ -14,8 +14,8 @@ from sglang_cpu.releases import unpack
 
 from pytest_kld.command import main
 
-EVIL = "\x1b[31mred\u202egnp.\u2066\x9b1m\n::error::x"
-SHOWN = EVIL.encode("unicode_escape").decode()
+EVIL = "\x1b[31mred\u202egnp.\u2066\x9b1m##[error]\n::error::x"
+SHOWN = EVIL.encode("unicode_escape").decode().replace("##[", r"\x23#[")
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
 COMMANDS = re.compile(r"^\s*::|##\[|##vso\[", re.MULTILINE)
 
@@ -50,12 +50,10 @@ def shell(capsys: pytest.CaptureFixture[str]) -> Shell:
     return Shell(capsys)
 
 
-def test_the_cache_commands_show_such_paths_as_escapes(gate: Gate, gate_cache: Path, evil: Path, shell: Shell) -> None:
-    if not list(gate_cache.glob("scores/*.safetensors")):
-        gate("--kld-max-mean=1").assert_outcomes(passed=1)
-    empty, cache = f"--cache-dir={evil / 'none'}", evil / "cache"
-    shutil.copytree(gate_cache, cache)
-    here = f"--cache-dir={cache}"
+def test_the_cache_commands_show_such_paths_as_escapes(gate: Gate, evil: Path, shell: Shell) -> None:
+    cache, model = evil / "cache", shutil.copytree(gate.candidate, evil / "model")
+    gate("--kld-max-mean=1", f"--kld-cache-dir={cache}", candidates=(model,)).assert_outcomes(passed=1)
+    empty, here = f"--cache-dir={evil / 'none'}", f"--cache-dir={cache}"
     assert shell("cache", "path", here).endswith(f"{SHOWN}/cache\n")
     assert f"{SHOWN}/none holds no captures" in shell("cache", "ls", empty)
     assert f" in {evil.parent}/{SHOWN}/cache\n" in shell("cache", "ls", here)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig
 
+from pytest_kld.collecting.kld import KLD
 from pytest_kld.figures.compare import compare
 from pytest_kld.figures.experts import FEW, experts_seen
 from pytest_kld.figures.scores import Scores, Summary
 from pytest_kld.progress import Silent
-from pytest_kld.session.kld import KLD
 from pytest_kld.subjects.model import ModelSpec
 from pytest_kld.subjects.subject import Subject
 from pytest_kld.text.corpus import load_corpus

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from made import made_matrix, made_mean, subject
@@ -37,7 +38,7 @@ def direction(mean: float, interval: Interval | None = None) -> Direction:
 def test_the_worse_direction_counts_in_either_order() -> None:
     small, large = direction(0.1), direction(0.3)
     for found, order in ((between(small, large), "b ‖ a"), (between(large, small), "a ‖ b")):
-        (check,) = judge_pair("a", "b", found, 0.2, windows=4, each_dataset=True)
+        (check,) = judge_pair("a", "b", found, 0.2, windows={None: 4}, each_dataset=True)
         assert (check.state, check.value) == ("fail", 0.3)
         assert str(check) == f"mean KL({order}) 0.3 nats > max_between 0.2 (over by 0.1, 1.50x the limit)"
 
@@ -52,7 +53,7 @@ def test_the_worse_direction_counts_in_either_order() -> None:
 )
 def test_the_direction_in_the_worse_state_counts(forth: Interval, back: Interval, state: str) -> None:
     found = between(direction(0.1, forth), direction(0.1, back))
-    (check,) = judge_pair("a", "b", found, 0.2, windows=4, each_dataset=False)
+    (check,) = judge_pair("a", "b", found, 0.2, windows={None: 4}, each_dataset=False)
     assert check.state == state
     assert check.interval == back
 
@@ -61,10 +62,11 @@ def test_each_dataset_is_judged_only_if_asked_for() -> None:
     found = between(
         direction(0.1), direction(0.1), easy=(direction(0), direction(0)), hard=(direction(0), direction(1))
     )
-    checks = judge_pair("a", "b", found, 0.2, windows=4, each_dataset=True)
+    checks = judge_pair("a", "b", found, 0.2, windows={None: 4, "easy": 3, "hard": 1}, each_dataset=True)
+    assert [check.windows for check in checks] == [4, 3, 1]
     assert [(check.dataset, check.state) for check in checks] == [(None, "pass"), ("easy", "pass"), ("hard", "fail")]
     assert "mean KL(b ‖ a) on hard 1 nats" in str(checks[-1])
-    assert len(judge_pair("a", "b", found, 0.2, windows=4, each_dataset=False)) == 1
+    assert len(judge_pair("a", "b", found, 0.2, windows={None: 4}, each_dataset=False)) == 1
 
 
 def test_a_mean_is_that_of_its_direction() -> None:
@@ -81,6 +83,11 @@ def test_members_are_named_by_their_axes_if_they_are_of_one_candidate() -> None:
     assert other.short("x (a)") == "x (a)"
 
 
+def replace_checks(pair: dict[str, Any], times: int) -> dict[str, Any]:
+    """Return a pair with its checks several times, as for several datasets."""
+    return {**pair, "checks": pair["checks"] * times}
+
+
 def test_the_explanation_names_pairs_from_the_worst_to_the_best_and_gaps() -> None:
     matrix = made_matrix("x", ("a", "b", "c"), bound=0.005, gaps={"x (d)": "its test is skipped"})
     assert matrix.explain().splitlines() == [
@@ -91,6 +98,8 @@ def test_the_explanation_names_pairs_from_the_worst_to_the_best_and_gaps() -> No
         "  -     x (d) is not in the matrix: its test is skipped",
     ]
     assert made_matrix(bound=1).explain().startswith("every pair is within max_between: x\n")
+    several = [replace_checks(pair, 2) for pair in matrix.pairs]
+    assert replace(matrix, pairs=tuple(several)).explain().startswith("1 of 3 pairs exceed max_between: x\n")
     undecided = made_matrix(bound=0.001, confidence=0.9)
     assert undecided.explain().startswith("1 of 1 pairs inconclusive for max_between: x\n")
 

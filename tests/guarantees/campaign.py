@@ -39,7 +39,7 @@ if ENGINE == "tiny":
     from pytest_kld.engines.served.engine import ServedEngine
     from pytest_kld.engines.served.kind import Settings
     from pytest_kld.engines.served.pool import ServerPool
-    from pytest_kld.session import measurement
+    from pytest_kld.measuring import measurement
 
     def make_engine(_, config, progress, **_more):
         kind, spool = Tiny(), config.cache_dir / "spool"

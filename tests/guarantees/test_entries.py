@@ -132,7 +132,7 @@ EVICT = """
     from pathlib import Path
     from pytest_kld.captures.cache import Cache
 
-    scoring = import_module("pytest_kld.session.scoring")
+    scoring = import_module("pytest_kld.measuring.scoring")
 
     @pytest.fixture(scope="session", autouse=True)
     def evict():

@@ -17,7 +17,7 @@ from conftest import Gate
 
 from pytest_kld.errors import ServerError
 from pytest_kld.servers.server import free_port
-from pytest_kld.session.engines import api_key
+from pytest_kld.settings.engines import api_key
 
 ENGINES = Path(__file__).parents[1] / "engines"
 REPORTS = ("--kld-json=r.json", "--kld-html=r.html", "--kld-markdown=r.md", "--kld-junit=r.xml", "--junitxml=j.xml")

@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from pytest_kld.errors import CorpusError
-from pytest_kld.session.config import build_config
+from pytest_kld.settings.config import build_config
 from pytest_kld.text.corpus import load_corpus
 from pytest_kld.text.windows import chat_renderer, cut_windows, join_windows
 

@@ -1,0 +1,1 @@
+"""What the user asked for: options, ini keys, engines and Subjects."""
