@@ -159,6 +159,12 @@ class Campaign:
         while self.windows() < count and process.poll() is None:
             time.sleep(0.005)
 
+    def wait_for_words(self, words: str, process: subprocess.Popen[str]) -> None:
+        """Wait until a run prints some words, or until it ends."""
+        output = self.directory / f"output-{self.started.index(process)}"
+        while words not in output.read_text() and process.poll() is None:
+            time.sleep(0.1)
+
     def processes(self) -> list[psutil.Process]:
         """Return all processes of all runs that are alive, wherever they are in the tree."""
         found = []

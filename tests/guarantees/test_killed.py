@@ -160,7 +160,8 @@ def test_the_lock_of_a_killed_process_is_free_and_a_living_one_is_waited_for(
     assert locks
     process.send_signal(signal.SIGSTOP)
     second = campaign.start()
-    time.sleep(6)
+    campaign.wait_for_words("waiting for another process", second)
+    time.sleep(2)
     assert second.poll() is None
     process.kill()
     output = campaign.output(second)
