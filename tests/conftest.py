@@ -18,6 +18,7 @@ import fsspec.implementations.local  # noqa: F401
 import pytest
 import torch
 from cpu_environment import ServerEnvironment
+from filelock import FileLock
 from guarantees.campaign import Campaign
 from hypothesis import settings
 from sglang_cpu.environment import SGLangEnvironment, sglang_environment
@@ -259,12 +260,18 @@ def engine(request: pytest.FixtureRequest) -> ServerEnvironment:
 
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The directory in which the quickstart ran as a newcomer runs it, and what it printed."""
-    directory = tmp_path_factory.mktemp("quickstart")
-    command = [sys.executable, str(ROOT / "conftest_examples" / "quickstart" / "run.py")]
-    run = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-    return directory / "quickstart", run.stdout
+    """The directory in which the quickstart ran as a newcomer runs it, and what it printed; one for all workers."""
+    own = tmp_path_factory.getbasetemp()
+    directory = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "quickstart-of-all"
+    printed = directory / "printed.txt"
+    with FileLock(f"{directory}.lock"):
+        if not printed.is_file():
+            directory.mkdir(exist_ok=True)
+            command = [sys.executable, str(ROOT / "conftest_examples" / "quickstart" / "run.py")]
+            run = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+            assert run.returncode == 0, run.stdout + run.stderr
+            printed.write_text(run.stdout)
+    return directory / "quickstart", printed.read_text()
 
 
 @pytest.fixture(scope="session")
