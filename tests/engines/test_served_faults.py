@@ -134,7 +134,7 @@ def test_what_a_server_says_is_no_command_to_a_ci_runner(
     pytester: pytest.Pytester, engine: ServerEnvironment, llama_dir: Path
 ) -> None:
     """The engine repeats the unknown flag in its log, and the error quotes the log."""
-    flags = (*engine.flags, "--no-such-flag\n::error::said the \x1b[31mserver")
+    flags = (*engine.flags, "--no-such-flag\n::error::said-the-\x1b[31mserver")
     result = pytester.runpytest_subprocess(
         *replace(engine, flags=flags).options(),
         *(f"--kld-ref={llama_dir}", f"--kld-candidate={llama_dir}", "--kld-dataset=python-docs", "--kld-windows=2"),
@@ -142,11 +142,11 @@ def test_what_a_server_says_is_no_command_to_a_ci_runner(
         f"--kld-cache-dir={pytester.path / 'cache'}",
     )
     result.assert_outcomes(errors=1)
-    assert "::error::said the" in (next((pytester.path / "cache").rglob("*.log"))).read_text()
+    assert "::error::said-the" in (next((pytester.path / "cache").rglob("*.log"))).read_text()
     for text in (result.stdout.str(), result.stderr.str(), (pytester.path / "report.json").read_text()):
         assert not [line for line in text.splitlines() if line.lstrip().startswith("::")]
         assert "\x1b[31m" not in text
-    assert r"\x3a:error::said the \x1b[31mserver" in result.stdout.str()
+    assert r"\x3a:error::said-the-\x1b[31mserver" in result.stdout.str()
 
 
 def test_a_missing_file_and_a_death_in_a_capture_are_errors_and_leave_no_process(
