@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import traceback
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 _ROWS = 64
 """Positions of a window that are written as one file."""
-_REMEMBERED_WINDOWS = 4096
+_REMEMBERED_WINDOWS = 1024
+"""More than are decoded at a time. Beyond that the oldest is dropped: it has ended, or its client is gone."""
 _OF_SOME_POSITIONS = ("logits", "rows")
 
 
@@ -97,7 +99,7 @@ class _Rows:
 class _Window:
     """A window that is being decoded."""
 
-    tokens: list[int]
+    tokens: array[int]
     rows: _Rows | None = None
 
 
@@ -248,7 +250,7 @@ class Decoder:
     def _window(self, run: Run, window: int) -> _Window:
         key = (run.path.name, window)
         if key not in self._windows:
-            self._windows[key] = _Window(json.loads((run.path / tokens_file(window)).read_text()))
+            self._windows[key] = _Window(array("i", json.loads((run.path / tokens_file(window)).read_text())))
             while len(self._windows) > _REMEMBERED_WINDOWS:
                 self._windows.popitem(last=False)
         return self._windows[key]

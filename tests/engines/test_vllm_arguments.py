@@ -158,6 +158,8 @@ def test_a_server_that_is_to_decode_admits_as_many_sequences_and_not_fewer() -> 
         ({"scheduler_config.max_num_seqs": 7}, "it runs with --max-num-seqs 7, so it does not decode"),
         ({"speculative_config.method": "ngram"}, "no token can be forced; leave out --speculative-config"),
         ({"parallel_config.enable_batch_sharded_sampling": True}, "each rank samples some of the sequences"),
+        ({"scheduler_config.prefill_schedule_interval": 1}, None),
+        ({"scheduler_config.prefill_schedule_interval": 4}, "prompts wait for steps that others decode"),
     ],
 )
 def test_servers_that_do_not_decode_one_forced_token_a_step_are_told_why(told: dict[str, Any], why: str | None) -> None:
@@ -173,7 +175,10 @@ def test_windows_are_sent_one_at_a_time_to_a_server_that_may_batch_them() -> Non
 
 @pytest.mark.parametrize(
     "flags",
-    ["-sc {}", "--speculative_config.method=ngram", "--spec-tokens 3", "--enable-batch-sharded-sampling"],
+    [
+        *("-sc {}", "--speculative_config.method=ngram", "--spec-tokens 3"),
+        *("--enable-batch-sharded-sampling", "--prefill-schedule-interval=4"),
+    ],
 )
 def test_flags_that_prevent_decoding_are_refused_only_when_it_is_measured(flags: str) -> None:
     KIND.check_arguments(shlex.split(flags), "--kld-ref-args")

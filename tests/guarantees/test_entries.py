@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from conftest import TINY, Gate, MakeDisk, MakeModel
-from guarantees.campaign import SEEDS, Campaign
+from guarantees.campaign import BLIND, SEEDS, Campaign
 from recorded import record
 from transformers import Qwen3MoeConfig
 
@@ -202,14 +202,6 @@ def test_a_refresh_makes_an_entry_from_the_future_again(gate: Gate, tmp_path: Pa
 def disk(make_disk: MakeDisk) -> Path:
     """Less than a capture of the campaign takes."""
     return make_disk("550k")
-
-
-BLIND = """
-from pytest_kld.captures.cache import Cache
-
-Cache.require_free = lambda *_: 1 << 40
-"""
-"""The check before a capture sees a larger disk than there is, as when another process fills it meanwhile."""
 
 
 @pytest.mark.slow

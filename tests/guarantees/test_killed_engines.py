@@ -1,4 +1,4 @@
-"""The same with the real SGLang and vLLM: killed at any point from the start of a boot to the last window.
+"""The same with the real SGLang and vLLM: killed at any point of a gate, and on a disk that fills up.
 
 Not part of the README's command: each try boots two servers. `KLD_CAMPAIGN_SEEDS` says how many points are tried.
 """
@@ -17,9 +17,9 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import TINY, MakeModel
+from conftest import TINY, MakeDisk, MakeModel
 from cpu_environment import ServerEnvironment
-from guarantees.campaign import SEEDS, Campaign
+from guarantees.campaign import BLIND, SEEDS, Campaign
 from transformers import LlamaConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -115,4 +115,21 @@ def test_pytest_killed_at_a_random_point_leaves_nothing_that_is_read_and_the_rer
         campaign.require_whole()
         if ended:
             shutil.rmtree(campaign.cache)
+    campaign.completes(undisturbed.figures)
+
+
+def test_a_disk_that_fills_up_in_a_capture_is_an_error_and_the_rerun_goes_on_when_there_is_room(
+    make_disk: MakeDisk, campaign: Campaign, undisturbed: Undisturbed
+) -> None:
+    disk = make_disk("900k")
+    conftest = campaign.directory / "conftest.py"
+    conftest.write_text(conftest.read_text() + BLIND)
+    campaign.cache.symlink_to(disk)
+    code, output = campaign.run()
+    assert (code, campaign.result()["outcome"]) == (1, "error"), output
+    assert "No space left on device" in output
+    campaign.require_nobody()
+    campaign.require_whole()
+    print(f"{campaign.engine}: disk full after {campaign.windows()} windows")
+    subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
     campaign.completes(undisturbed.figures)

@@ -62,6 +62,8 @@ SPECULATION = (
 """Why a server that speculates cannot be measured when it decodes."""
 SHARDED = "each rank samples some of the sequences, and every rank must force the tokens of all of them"
 """Why a server with --enable-batch-sharded-sampling cannot be measured when it decodes."""
+SPACED = "prompts wait for steps that others decode, and all sequences must be prefilled before any of them decodes"
+"""Why a server with --prefill-schedule-interval cannot be measured when it decodes."""
 _HARMLESS_VALUES = frozenset(
     {
         ("--data-parallel-size", "1"),
@@ -147,7 +149,8 @@ RULES = FlagRules(
     sizes=("--tensor-parallel-size", "--pipeline-parallel-size", "--data-parallel-size"),  # some are only timed
     others=(
         *(SEQUENCES, GENERATION_CONFIG, "--dtype", "--trust-remote-code"),
-        *("--spec-method", "--spec-model", "--spec-tokens", "--enable-batch-sharded-sampling"),
+        *("--spec-method", "--spec-model", "--spec-tokens"),
+        *("--enable-batch-sharded-sampling", "--prefill-schedule-interval"),
     ),
     axes={MOE_BACKEND: "--moe-backend", PREFILL_CHUNK: "--max-num-batched-tokens"},
     underscores=True,

@@ -10,7 +10,7 @@ from tokenize import TokenError
 from typing import TYPE_CHECKING, Any
 
 from pytest_kld.engines.served.kind import Answer, Decoded, Settings
-from pytest_kld.engines.vllm.arguments import GENERATION_CONFIG, LAUNCH, RULES, SEQUENCES, SHARDED, SPECULATION
+from pytest_kld.engines.vllm.arguments import GENERATION_CONFIG, LAUNCH, RULES, SEQUENCES, SHARDED, SPACED, SPECULATION
 from pytest_kld.engines.vllm.hints import hint
 from pytest_kld.engines.vllm.load import LOAD_TOOL
 from pytest_kld.errors import ServerError
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 _ID_PREFIX = "cmpl-"
 """What vLLM puts before the id of a request for a completion."""
 _TOLD_SEQUENCES = "scheduler_config.max_num_seqs"
+_TOLD_INTERVAL = "scheduler_config.prefill_schedule_interval"
+_NOT_DECODING = {"--enable-batch-sharded-sampling": SHARDED, "--prefill-schedule-interval": SPACED}
+"""Flags that a server that decodes cannot have, and why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +162,8 @@ class VLLM:
             return f"it runs with a draft model or another way to speculate, and {SPECULATION}"
         if told.get("parallel_config.enable_batch_sharded_sampling"):
             return f"it runs with --enable-batch-sharded-sampling, where {SHARDED}; leave that out"
+        if told.get(_TOLD_INTERVAL, 1) > 1:
+            return f"it runs with --prefill-schedule-interval, where {SPACED}; leave that out"
         if (admitted := told.get(_TOLD_SEQUENCES, together)) < together:
             return (
                 f"it runs with {SEQUENCES} {admitted}, so it does not decode --kld-concurrency={together} sequences "
@@ -171,8 +176,8 @@ class VLLM:
         for name, _ in RULES.in_full(arguments, options):
             if name.startswith(("--spec-", "--speculative-config")):
                 raise ServerError(f"{source}: {name} cannot be given when decoding is measured: {SPECULATION}.")
-            if name == "--enable-batch-sharded-sampling":
-                raise ServerError(f"{source}: {name} cannot be given when decoding is measured: {SHARDED}.")
+            if why := _NOT_DECODING.get(name):
+                raise ServerError(f"{source}: {name} cannot be given when decoding is measured: {why}.")
 
     def decode_request(
         self, request_ids: Sequence[str], prompts: Sequence[Sequence[int]], count: int
