@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import fields
 from itertools import pairwise
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,13 +24,23 @@ from pytest_kld.kernel.divergence import (
     Divergence,
     divergence,
 )
-from pytest_kld.kernel.reduction import Reduction, compiled_reduction, eager_reduction
+from pytest_kld.kernel.reduction import Reduced, Reduction, compiled_reduction, eager_reduction
 
 ROWS, VOCAB = 4, 23
 INF, NAN = math.inf, math.nan
 COMPILED = compiled_reduction()  # one for all tests: it compiles once per width
-both_reductions = pytest.mark.parametrize("reduction", [eager_reduction, COMPILED], ids=["eager", "compiled"])
 Matrix = NDArray[np.float64]
+
+
+def written_reduction(reference: Tensor, candidate: Tensor) -> Reduced:
+    """The pass that is compiled, run as it is written: every operation by itself."""
+    with mock.patch.object(torch, "compile", lambda function, **_: function):
+        return compiled_reduction()(reference, candidate)
+
+
+every_reduction = pytest.mark.parametrize(
+    "reduction", [eager_reduction, COMPILED, written_reduction], ids=["eager", "compiled", "written"]
+)
 
 
 def logits(least: float = -40.0, greatest: float = 40.0) -> st.SearchStrategy[Matrix]:
@@ -77,14 +88,14 @@ def compare(reference: Matrix, candidate: Matrix, reduction: Reduction = eager_r
     return divergence(tensor(reference), tensor(candidate), labels, reduction=reduction)
 
 
-@both_reductions
+@every_reduction
 @settings(max_examples=150, deadline=None)
 @given(reference=logits(), candidate=logits())
 def test_kl_agrees_with_the_definition_in_float64(reduction: Reduction, reference: Matrix, candidate: Matrix) -> None:
     assert_close(compare(reference, candidate, reduction).kl, reference, candidate)
 
 
-@both_reductions
+@every_reduction
 @settings(max_examples=60, deadline=None)
 @given(reference=logits(), exponent=st.integers(-7, 0), seed=st.integers(0, 2**31))
 def test_nearly_equal_sides_keep_their_digits(
@@ -105,7 +116,7 @@ def test_smallest_terms_are_not_lost_before_clamping() -> None:
     assert (phi / s_r - (torch.expm1(log_ratio) - log_ratio)).min() >= -1e-9
 
 
-@both_reductions
+@every_reduction
 @settings(max_examples=60, deadline=None)
 @given(z=logits(-(2.0**100), 2.0**100))
 def test_equal_sides_give_exactly_zero(reduction: Reduction, z: Matrix) -> None:
@@ -169,7 +180,7 @@ def test_sides_may_differ_in_dtype() -> None:
     np.testing.assert_allclose(kl, expected, rtol=1e-3, atol=1e-9)
 
 
-@both_reductions
+@every_reduction
 @settings(max_examples=100, deadline=None)
 @given(
     reference=logits(),
@@ -187,7 +198,7 @@ def test_masked_tokens_have_probability_zero(
     assert figures.reference_entropy.isfinite().all()
 
 
-@both_reductions
+@every_reduction
 def test_a_token_impossible_for_the_candidate_alone_makes_kl_infinite(reduction: Reduction) -> None:
     reference, candidate = np.zeros((ROWS, VOCAB)), np.zeros((ROWS, VOCAB))
     candidate[0, 5] = -INF
@@ -197,7 +208,7 @@ def test_a_token_impossible_for_the_candidate_alone_makes_kl_infinite(reduction:
     assert kl == [INF, pytest.approx(math.log(VOCAB / (VOCAB - 1))), 0, 0]
 
 
-@both_reductions
+@every_reduction
 def test_what_float32_deems_impossible_may_be_masked(reduction: Reduction) -> None:
     """A reference probability below e⁻¹⁰³ is 0 in float32, and float64 sees it."""
     reference, candidate = np.zeros((ROWS, VOCAB)), np.zeros((ROWS, VOCAB))
@@ -208,7 +219,7 @@ def test_what_float32_deems_impossible_may_be_masked(reduction: Reduction) -> No
     assert (in_float64.kl == INF).all()
 
 
-@both_reductions
+@every_reduction
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("column", [0, 7, VOCAB - 1])
 def test_non_finite_rows_are_flagged_apart_and_never_raise(reduction: Reduction, bad: float, column: int) -> None:
@@ -224,7 +235,7 @@ def test_non_finite_rows_are_flagged_apart_and_never_raise(reduction: Reduction,
     np.testing.assert_allclose(figures.kl[0], oracle(reference[:1], candidate[:1])[0], rtol=2e-6)
 
 
-@both_reductions
+@every_reduction
 def test_a_row_without_any_possible_token_is_not_finite(reduction: Reduction) -> None:
     reference = np.zeros((ROWS, VOCAB))
     candidate = reference.copy()
@@ -234,7 +245,7 @@ def test_a_row_without_any_possible_token_is_not_finite(reduction: Reduction) ->
     assert figures.kl.isnan().tolist() == [True, False, False, False]
 
 
-@both_reductions
+@every_reduction
 @settings(max_examples=100, deadline=None)
 @given(
     values=hnp.arrays(
@@ -252,7 +263,7 @@ def test_no_input_raises_and_what_is_not_flagged_is_a_number(reduction: Reductio
         assert bool(figures.kl[row].isnan()) == (expected != NO_LABEL)
 
 
-@both_reductions
+@every_reduction
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e3, 1e6, 1e30])
 def test_tiny_and_huge_logits_agree_with_float64(reduction: Reduction, scale: float) -> None:
     z = np.random.default_rng(5).normal(size=(2, ROWS, VOCAB)).astype(np.float32) * np.float32(scale)
@@ -280,7 +291,7 @@ def wide_and_narrow(least: float = -40.0) -> st.SearchStrategy[tuple[Matrix, Mat
     )
 
 
-@both_reductions
+@every_reduction
 @settings(max_examples=100, deadline=None)
 @given(sides=wide_and_narrow())
 def test_mass_outside_the_common_vocabulary_agrees_with_float64(
@@ -304,7 +315,7 @@ def test_mass_outside_the_common_vocabulary_agrees_with_float64(
     )
 
 
-@both_reductions
+@every_reduction
 @pytest.mark.parametrize("bad", [NAN, INF])
 @pytest.mark.parametrize("column", [VOCAB, VOCAB + 8])
 def test_what_is_not_finite_in_a_further_column_spoils_its_position_alone(
@@ -361,7 +372,7 @@ def test_an_impossible_label_has_infinite_nll() -> None:
     assert figures.reference_nll.item() == pytest.approx(math.log(VOCAB))
 
 
-@both_reductions
+@every_reduction
 @pytest.mark.parametrize("rows", [0, 1, 3])
 def test_any_number_of_rows_will_do(reduction: Reduction, rows: int) -> None:
     reference, candidate = np.random.default_rng(9).normal(size=(2, rows, VOCAB))
@@ -370,7 +381,7 @@ def test_any_number_of_rows_will_do(reduction: Reduction, rows: int) -> None:
     np.testing.assert_allclose(figures.kl, oracle(reference, candidate), rtol=2e-6)
 
 
-@both_reductions
+@every_reduction
 def test_a_large_vocabulary_agrees_with_float64(reduction: Reduction) -> None:
     generator = torch.Generator().manual_seed(8)
     reference = torch.randn(ROWS, 100_003, generator=generator) * 4
@@ -381,7 +392,8 @@ def test_a_large_vocabulary_agrees_with_float64(reduction: Reduction) -> None:
 
 @pytest.mark.filterwarnings("default")  # torch's compiler imports deprecated parts of torch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_compiled_reduction_agrees_with_float64_over_whole_tiles_and_a_tail(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("reduction", [COMPILED, written_reduction], ids=["compiled", "written"])
+def test_one_pass_agrees_with_float64_over_whole_tiles_and_a_tail(reduction: Reduction, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     reference = (torch.randn(6, 4099, generator=generator) * 3).to(dtype)
     candidate = reference + (torch.randn(6, 4099, generator=generator) * 1e-3).to(dtype)
@@ -392,7 +404,7 @@ def test_compiled_reduction_agrees_with_float64_over_whole_tiles_and_a_tail(dtyp
     candidate[5] = reference[5]
     p, q = reference.double().log_softmax(-1), candidate.double().log_softmax(-1)
     expected = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1)
-    figures = divergence(reference, candidate, torch.full((6,), -1), reduction=COMPILED)
+    figures = divergence(reference, candidate, torch.full((6,), -1), reduction=reduction)
     assert figures.kl[4] == torch.inf
     assert figures.kl[5] == 0
     # Log ratios of 1e-3 are differences of float32 logits of size 10, which are 1e-6 apart.
@@ -400,7 +412,7 @@ def test_compiled_reduction_agrees_with_float64_over_whole_tiles_and_a_tail(dtyp
 
 
 @pytest.mark.filterwarnings("default")
-@both_reductions
+@every_reduction
 def test_arg_max_is_the_first_of_equals_across_tiles_and_in_the_tail(reduction: Reduction) -> None:
     logits = torch.zeros(4, 4099)
     logits[1, [2047, 2048]] = 1
