@@ -148,11 +148,11 @@ def test_a_damaged_report_is_refused(
 
 
 def test_scores_are_judged_by_the_limits_that_are_given(
-    gate: Gate, gate_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    gate: Gate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.rmtree(gate_cache / "scores", ignore_errors=True)
+    gate.cache = f"--kld-cache-dir={tmp_path / 'cache'}"  # scores name the captures that were there first
     gate("--kld-max-mean=1", "--kld-json=session.json").assert_outcomes(passed=1)
-    (scores,) = (gate_cache / "scores").glob("*.safetensors")
+    (scores,) = (tmp_path / "cache" / "scores").glob("*.safetensors")
     assert main(["report", str(scores), "--limit", "max-mean=1", "--json", "again.json"]) == 0
     (session,), (again,) = (gate.results(name) for name in ("session.json", "again.json"))
     for name in ("figures", "datasets", "checks", "about", "band", "profile"):
@@ -188,13 +188,12 @@ def test_compare_gives_the_figures_of_the_gate(
     assert main(["compare", *pair, "--limit", "max_mean=1e-9"]) == 1
 
 
-def test_compare_refuses_a_damaged_capture(
-    gate: Gate, gate_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    gate("--kld-max-mean=1").assert_outcomes(passed=1)
-    capture = next(gate_cache.glob("captures/*/capture.json")).parent
+def test_compare_refuses_a_damaged_capture(gate: Gate, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gate("--kld-max-mean=1", f"--kld-cache-dir={tmp_path / 'cache'}").assert_outcomes(passed=1)
+    capture = next((tmp_path / "cache").glob("captures/*/capture.json")).parent
     copy = shutil.copytree(capture, tmp_path / "copy")
     window = copy / "windows" / "00000.safetensors"
-    window.write_bytes(window.read_bytes()[:-1] + b"\x7f")
+    *before, last = window.read_bytes()
+    window.write_bytes(bytes([*before, last ^ 1]))
     assert main(["compare", str(capture), str(copy)]) == 2
     assert "00000.safetensors is corrupt" in capsys.readouterr().err

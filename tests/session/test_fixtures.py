@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from conftest import Gate
 
 
-def test_facade_has_the_figures_of_the_summary(gate: Gate) -> None:
+def test_facade_has_the_figures_of_the_summary(gate: Gate, tmp_path: Path) -> None:
+    gate.cache = f"--kld-cache-dir={tmp_path / 'cache'}"  # a capture has the name that its model had first
     gate.pytester.makepyfile("""
         import numpy as np
         import pytest
