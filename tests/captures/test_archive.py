@@ -200,6 +200,19 @@ def test_forged_archive_with_right_digests_writes_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["forged.tar", "receiver"]
 
 
+def test_an_archive_of_another_schema_is_refused_although_its_digests_are_right(
+    archive: Path, cache: Cache, tmp_path: Path
+) -> None:
+    (name, written), *files = files_of(archive)
+    index = json.loads(written)
+    del index["sha256"]
+    index["schema"] = 2
+    index["sha256"] = sha256_of_json(index)
+    newer = pack(tmp_path / "newer.tar", [(name, json.dumps(index).encode()), *files], index=False)
+    with pytest.raises(ArchiveError, match="its schema is 2 instead of 1"):
+        import_captures(newer, cache, Silent())
+
+
 def test_link_and_device_are_not_files(archive: Path, cache: Cache, tmp_path: Path) -> None:
     files = files_of(archive)
     for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE):

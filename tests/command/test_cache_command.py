@@ -52,6 +52,8 @@ def test_every_capture_and_every_scores_file_is_listed(cache: Path, capsys: pyte
         manifest = Path(entry["path"]) / "capture.json"
         if entry["kind"] == "capture":
             assert entry["model"] == json.loads(manifest.read_text())["model"]
+            assert entry["engine"] == "transformers"
+        assert entry["used"].startswith("20")
     assert main(["cache", "ls", "--cache-dir", str(cache)]) == 0
     assert f"{len(names)} entries" in capsys.readouterr().out
 
@@ -89,6 +91,13 @@ def test_verify_names_the_damaged_file(
     (wrong,) = [result for result in results if result["damage"]]
     assert said in wrong["damage"]
     assert str(damaged) in wrong["damage"]
+    assert damaged.is_relative_to(wrong["path"])
+
+
+def test_what_was_set_aside_is_listed_as_such(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (cache / "quarantine" / "some").mkdir(parents=True)
+    (cache / "quarantine" / "some" / "file").write_text("x")
+    assert [entry["name"] for entry in listed(cache, capsys) if entry["kind"] == "quarantine"] == ["some"]
 
 
 def test_verify_finds_entries_under_a_wrong_name(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

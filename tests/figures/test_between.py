@@ -114,6 +114,16 @@ def test_positions_that_are_not_finite_are_counted_and_left_out(tables: tuple[Sc
     assert found.forth.mean == pytest.approx(kept.mean())
 
 
+def test_the_difference_leaves_out_what_is_not_finite_on_either_side(tables: tuple[Scores, Scores, Scores]) -> None:
+    pair, first, second = tables
+    flags, kl_of_second = second.columns["flags"].copy(), second.columns["kl"].copy()
+    flags[0, 3] |= 2
+    kl_of_second[0, 3] = np.nan
+    found = figures_of((pair, first, replace(second, columns={**second.columns, "flags": flags, "kl": kl_of_second})))
+    differences = np.delete((first.columns["kl"] - second.columns["kl"]).ravel(), 3)
+    assert found.difference == pytest.approx(differences.mean())
+
+
 def test_several_datasets_weigh_the_same_and_each_has_its_own_directions(
     tables: tuple[Scores, Scores, Scores],
 ) -> None:

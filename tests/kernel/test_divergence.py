@@ -421,3 +421,13 @@ def test_arg_max_is_the_first_of_equals_across_tiles_and_in_the_tail(reduction: 
     figures = divergence(logits, logits, torch.full((4,), -1), reduction=reduction)
     assert figures.reference_argmax[:3].tolist() == [0, 2047, 4097]
     assert figures.flags.tolist() == [4, 4, 4, 7]
+
+
+def test_the_exponential_of_the_one_pass_is_exact_to_float32() -> None:
+    v = torch.linspace(-100, 80, 100_003)
+    k, t, phi = (part.double() for part in reductions._split_exp(v))
+    assert k.equal(k.round())
+    assert t.abs().max() < math.log(2) / 2 + 1e-5
+    torch.testing.assert_close(k * math.log(2) + t, v.double(), rtol=1e-7, atol=1e-7)
+    sure = t.abs() > 1e-3  # nearer to 0 the difference below has few digits even in float64
+    torch.testing.assert_close(phi[sure], (t.expm1() - t)[sure], rtol=3e-7, atol=0)
