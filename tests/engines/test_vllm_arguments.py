@@ -259,6 +259,7 @@ def test_an_answer_that_lacks_log_probs_of_the_prompt_is_not_read(changed: dict[
         ("(262144), (96.0 GiB KV cache is needed, which is larger than the available KV cache", "--max-model-len"),
         ("This model's maximum context length is 2048 tokens", "one token more"),
         ("OSError: [Errno 98] Address already in use", "port"),
+        ('zmq.error.ZMQError: ipc path "/tmp/long/dd3c" is longer than 107 characters', "set TMPDIR"),
         ("ValueError: Total number of attention heads (9) must be divisible by tensor parallel size (2).", "split"),
         ("everything is fine", None),
     ],

@@ -42,6 +42,10 @@ _HINTS = (
         "check what else uses the GPUs.",
     ),
     (
+        r"ipc path .* is longer than \d+ characters",
+        "vLLM binds sockets in the directory for temporary files, whose path is too long: set TMPDIR to a shorter one.",
+    ),
+    (
         r"(?i)address already in use",
         "another process took the port in the meantime: run it again.",
     ),
