@@ -81,6 +81,19 @@ def captured(served: Served, text: Windows) -> list[Prefill]:
     return served.capture(text, ROWS)
 
 
+def test_the_last_id_of_the_vocabulary_is_captured_although_answers_name_another(
+    served: Served, text: Windows, llama_dir: Path
+) -> None:
+    """SGLang tells 0 in its place."""
+    ids = text.token_ids[:1].copy()
+    ids[0, ROWS[0] + 1] = TINY["vocab_size"] - 1
+    (prefill,) = served.capture(replace(text.first(1), token_ids=ids), ROWS)
+    model = AutoModelForCausalLM.from_pretrained(llama_dir, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        theirs = model(torch.from_numpy(ids).long()).logits[0, ROWS]
+    assert mean_kl(theirs, prefill.logits) < 1e-3
+
+
 def test_a_capture_after_a_load_is_the_same_to_the_bit_and_the_figures_are_the_load_generators(
     served: Served, text: Windows, captured: list[Prefill], tmp_path: Path
 ) -> None:

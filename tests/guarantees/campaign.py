@@ -151,7 +151,7 @@ class Campaign:
 
     def output(self, process: subprocess.Popen[str]) -> str:
         """Wait for the end and return what was printed, of any run."""
-        process.wait(timeout=180)
+        process.wait(timeout=900 if self.environment else 180)
         return (self.directory / f"output-{self.started.index(process)}").read_text()
 
     def run(self, *options: str, **variables: str) -> tuple[int, str]:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 _TOLERANCE = 1e-3
 """Nats by which the server's log-prob may differ from that of the captured logits, due to rounding in float32."""
+_TOLD_FOR_THE_LAST = 0
+"""What an answer may name in place of the vocabulary's last id, with the log-prob of the last one (SGLang:
+`logprob_result_processor.py`, `x if x < vocab_size - 1 else 0`)."""
 
 
 def check_agreement(
@@ -50,6 +53,8 @@ def check_agreement(
         if position + 1 >= len(token_ids) or not row.isfinite().all():
             continue
         value, token = answer.log_probs[position + 1]
+        if token == _TOLD_FOR_THE_LAST and token_ids[position + 1] == len(row) - 1:
+            token = len(row) - 1
         captured = float(row[token].double() - row.double().logsumexp(-1))
         if token != token_ids[position + 1] or value is None or abs(captured - value) > _TOLERANCE:
             raise CaptureError(
