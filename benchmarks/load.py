@@ -1,11 +1,12 @@
 """Large amounts of work in bounded memory.
 
     python benchmarks/load.py scores                    20 million positions: summary, intervals, verdict, reports
-    python benchmarks/load.py windows --plot FILE       10,000 windows of a tiny model, in process and on servers
+    python benchmarks/load.py windows --plot FILE       10,000 windows of a tiny model, in process and on a server
     python benchmarks/load.py report                    an HTML report of 200 candidates, scrolled in Chromium
 
-Prints times, memory and sizes. `windows` and `report` need the test environment (`.[test]`): the first one installs
-SGLang and vLLM for CPUs on first use (`--engine` chooses engines), and the second one drives a Chromium.
+Prints times, memory and sizes. `windows` and `report` need the test environment (`.[test]`). The first one's server is
+the tests' small one; `--engine vllm` and `--engine sglang` run the real ones, and install them for CPUs on first use.
+The second one drives a Chromium.
 """
 
 from __future__ import annotations
@@ -279,7 +280,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["scores", "windows", "report"])
     parser.add_argument("--count", type=int, help="positions, windows or candidates")
-    parser.add_argument("--engine", action="append", choices=ENGINES, help="for windows; may be given several times")
+    parser.add_argument(
+        "--engine",
+        action="append",
+        choices=ENGINES,
+        help="for windows: transformers and small by default; may be given several times",
+    )
     parser.add_argument("--plot", type=Path, help="an SVG file for the curves")
     options = parser.parse_args()
     if options.what == "scores":
@@ -291,7 +297,7 @@ def main() -> None:
             report(options.count or 200, Path(work))
         return
     count = options.count or 10_000
-    curves = windows(count, options.engine or list(ENGINES))
+    curves = windows(count, options.engine or ["transformers", "small"])
     describe(curves, count)
     if options.plot:
         plot(curves, count, options.plot)
