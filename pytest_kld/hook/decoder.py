@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 _ROWS = 64
 """Positions of a window that are written as one file."""
-_REMEMBERED_WINDOWS = 1024
-"""More than are decoded at a time. Beyond that the oldest is dropped: it has ended, or its client is gone."""
+REMEMBERED_WINDOWS = 10_000
+"""As many as `--kld-concurrency` may decode at a time. Beyond that the oldest is dropped: it has ended, or its client
+is gone."""
 _OF_SOME_POSITIONS = ("logits", "rows")
 
 
@@ -251,6 +252,6 @@ class Decoder:
         key = (run.path.name, window)
         if key not in self._windows:
             self._windows[key] = _Window(array("i", json.loads((run.path / tokens_file(window)).read_text())))
-            while len(self._windows) > _REMEMBERED_WINDOWS:
+            while len(self._windows) > REMEMBERED_WINDOWS:
                 self._windows.popitem(last=False)
         return self._windows[key]

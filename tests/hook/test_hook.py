@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pytest_kld.hook.decoder import REMEMBERED_WINDOWS
 from pytest_kld.hook.protocol import (
     CAPTURE_DIR_VARIABLE,
     CaptureRequest,
@@ -22,6 +23,7 @@ from pytest_kld.hook.protocol import (
     request_id,
 )
 from pytest_kld.hook.writer import Piece, Writer, copy_to_host
+from pytest_kld.settings.parsers import MOST_SEQUENCES
 
 
 def python(program: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -136,3 +138,8 @@ def test_a_full_disk_is_reported_beside_the_piece(tmp_path: Path, monkeypatch: p
     while not (tmp_path / "error-0.txt").is_file():
         pass
     assert "No space left" in (tmp_path / "error-0.txt").read_text()
+
+
+def test_every_window_that_may_be_decoded_at_a_time_is_remembered() -> None:
+    """A window that is dropped while it is decoded loses rows."""
+    assert REMEMBERED_WINDOWS >= MOST_SEQUENCES
