@@ -284,12 +284,13 @@ def _describe_server(runner: Any, processor: Any, head: Any) -> ServerDescriptio
     from pytest_kld.hook.head import describe_head, head_part
 
     config, arguments = runner.model_config, runner.server_args
+    names = {str(name) for name in (arguments.model_path, arguments.served_model_name) if name is not None}
     quantization = getattr(config, "quantization", None)
     return ServerDescription(
         engine="sglang",
         version=version,
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else str(runner.device),
-        model_names=tuple(sorted({str(arguments.model_path), str(arguments.served_model_name)})),
+        model_names=tuple(sorted(names)),
         model_class=type(runner.model).__name__,
         vocab_size=int(processor.config.vocab_size),
         hidden_size=int(config.hidden_size),

@@ -85,6 +85,7 @@ class Campaign:
         candidates: the candidates.
         text: the corpus.
         environment: where the servers of a real engine run; None for the others.
+        count: how many windows each model is measured on.
 
     """
 
@@ -94,6 +95,7 @@ class Campaign:
     candidates: tuple[Path, ...]
     text: Path
     environment: ServerEnvironment | None = None
+    count: int = WINDOWS
     temporary: Path = field(init=False)
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
@@ -123,7 +125,7 @@ class Campaign:
             *(word for plugin in plugins for word in ("-p", plugin)),
             *(f"--kld-candidate={path}" for path in self.candidates),
             *(f"--kld-dataset={self.text}", f"--kld-cache-dir={self.cache}"),
-            *(f"--kld-windows={WINDOWS}", f"--kld-window-size={SIZE}", "--kld-stride=32", "--kld-max-mean=0.1"),
+            *(f"--kld-windows={self.count}", f"--kld-window-size={SIZE}", "--kld-stride=32", "--kld-max-mean=0.1"),
             *("--kld-json=report.json", "--kld-device=cpu", *options),
         ]
         (self.directory / "report.json").unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """The same with the real SGLang and vLLM: killed at any point of a gate, and on a disk that fills up.
 
-Not part of the README's command: each try boots two servers. `KLD_CAMPAIGN_SEEDS` says how many points are tried.
+Not part of the README's command: each try boots two servers. `KLD_CAMPAIGN_SEEDS` says how many points are tried. A
+gate spends most of its time in boots, so every other point is one of its captures.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ from cpu_environment import ServerEnvironment
 from guarantees.campaign import BLIND, SEEDS, Campaign
 from transformers import LlamaConfig
 
+from pytest_kld.text.corpus import load_corpus
+
 pytestmark = [pytest.mark.slow, pytest.mark.long]
+
+WINDOWS = 64
+"""Of each of the two models: enough for something to die among them."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +40,15 @@ class Undisturbed:
 
 
 @pytest.fixture(scope="module")
-def make_campaign(engine: ServerEnvironment, make_model: MakeModel, text_file: Path) -> Callable[[Path], Campaign]:
+def make_campaign(
+    engine: ServerEnvironment, make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Path], Campaign]:
     """A function that returns a gate of a tiny Llama, whose heads are of a size that every engine runs."""
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text(load_corpus("python-docs", Path()).text[:20_000], encoding="utf-8")
     config = LlamaConfig(**{**TINY, "head_dim": 32}, tie_word_embeddings=False)
     reference, candidate = make_model("killed-llama", config), make_model("killed-noisy", config, noise=0.0005)
-    return lambda directory: Campaign(directory, engine.engine, reference, (candidate,), text_file, engine)
+    return lambda directory: Campaign(directory, engine.engine, reference, (candidate,), text, engine, WINDOWS)
 
 
 @pytest.fixture(scope="module")
@@ -58,29 +68,31 @@ def campaign(make_campaign: Callable[[Path], Campaign], tmp_path: Path) -> Itera
     made.end()
 
 
-def points(seed: str, undisturbed: Undisturbed) -> Iterator[float]:
-    """Return the seconds after which something dies, one for each try, anywhere in an undisturbed gate."""
-    chance = random.Random(seed)
-    for _ in range(SEEDS):
-        yield chance.uniform(1, undisturbed.seconds)
-
-
-def wait(campaign: Campaign, seconds: float) -> subprocess.Popen[str]:
-    """Start a gate and return its process after some seconds, or when it ended."""
-    process = campaign.start()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=seconds)
-    return process
+def reach(campaign: Campaign, undisturbed: Undisturbed, chance: random.Random) -> Iterator[subprocess.Popen[str]]:
+    """Start a gate again and again, and return its process at a point of its time, or of what is left to capture."""
+    for number in range(SEEDS):
+        if campaign.windows() == 2 * WINDOWS:
+            shutil.rmtree(campaign.cache)
+        process = campaign.start()
+        if number % 2:
+            seconds = chance.uniform(1, undisturbed.seconds)
+            print(f"{campaign.engine}: after {seconds:.1f} s:", end=" ")
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=seconds)
+        else:
+            windows = chance.randint(campaign.windows() + 1, 2 * WINDOWS)
+            print(f"{campaign.engine}: when it has {windows} windows:", end=" ")
+            campaign.wait_for_windows(windows, process)
+        yield process
 
 
 def test_a_process_of_a_server_killed_at_a_random_point_is_an_error_or_changes_nothing(
     campaign: Campaign, undisturbed: Undisturbed
 ) -> None:
     """A server is several processes, and any of them may die; some are helpers that a capture does without."""
-    chance = random.Random(f"which of {campaign.engine}")
+    chance = random.Random(f"server of {campaign.engine}")
     errors = 0
-    for seconds in points(f"server of {campaign.engine}", undisturbed):
-        process = wait(campaign, seconds)
+    for process in reach(campaign, undisturbed, chance):
         killed = ""
         for server in campaign.servers():
             with suppress(psutil.NoSuchProcess):
@@ -89,11 +101,9 @@ def test_a_process_of_a_server_killed_at_a_random_point_is_an_error_or_changes_n
                 one.kill()
         output = campaign.output(process)
         outcome = campaign.result()["outcome"]
-        found = f"{outcome}, {campaign.windows()} windows"
-        print(f"{campaign.engine}: after {seconds:.1f} s, killed {killed or 'none'}: {found}")
+        print(f"killed {killed or 'none'}: {outcome}, {campaign.windows()} windows")
         if process.returncode == 0:
             assert campaign.result()["figures"] == undisturbed.figures
-            shutil.rmtree(campaign.cache)
             continue
         assert (process.returncode, outcome) == (1, "error"), output
         assert killed, output
@@ -107,19 +117,13 @@ def test_a_process_of_a_server_killed_at_a_random_point_is_an_error_or_changes_n
 def test_pytest_killed_at_a_random_point_leaves_nothing_that_is_read_and_the_rerun_goes_on(
     campaign: Campaign, undisturbed: Undisturbed
 ) -> None:
-    for seconds in points(f"pytest with {campaign.engine}", undisturbed):
-        process = wait(campaign, seconds)
+    for process in reach(campaign, undisturbed, random.Random(f"pytest with {campaign.engine}")):
         ended = process.poll() is not None
         process.kill()
         process.wait()
-        print(
-            f"{campaign.engine}: pytest {'ended' if ended else 'killed'} after {seconds:.1f} s, "
-            f"{campaign.windows()} windows"
-        )
+        print(f"pytest {'had ended' if ended else 'killed'}, {campaign.windows()} windows")
         campaign.require_nobody()
         campaign.require_whole()
-        if ended:
-            shutil.rmtree(campaign.cache)
     campaign.completes(undisturbed.figures)
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 from guarantees.campaign import ENGINES
+from guarantees.proxy import Change, Proxy, behind
 from recorded import record
 
 sys.path.insert(0, str(ENGINES))
@@ -32,8 +29,6 @@ from pytest_kld.text.windows import Windows
 
 pytestmark = pytest.mark.slow
 
-Change = Callable[[dict[str, Any]], dict[str, Any]]
-
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyPool]:
@@ -42,42 +37,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TinyPool]:
     engine.pool.cpu_servers = 6
     yield engine
     engine.pool.close()
-
-
-class Proxy:
-    """A proxy that may change requests and answers, and send them elsewhere."""
-
-    def __init__(self, url: str) -> None:
-        self.url, self.requests = url, 0
-        self.change: Change = lambda body: body
-        self.change_answer: Change = lambda answer: answer
-
-    @contextmanager
-    def serving(self) -> Iterator[str]:
-        proxy = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                proxy.requests += 1
-                body = proxy.change(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-                told = requests.post(f"{proxy.url}{self.path}", json=body, timeout=60)
-                data = json.dumps(proxy.change_answer(told.json())).encode()
-                self.send_response(told.status_code)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            yield f"http://127.0.0.1:{server.server_address[1]}"
-            server.shutdown()
-
-
-def behind(subject: Subject, url: str) -> Subject:
-    return replace(subject, arguments={"url": url}, environment={})
 
 
 def boot(tiny: TinyPool, subject: Subject) -> str:
