@@ -23,7 +23,7 @@ from guarantees.campaign import Campaign
 from hypothesis import settings
 from sglang_cpu.environment import SGLangEnvironment, sglang_environment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 from vllm_cpu.environment import VLLMEnvironment, vllm_environment
 
 from pytest_kld.subjects.model import ModelSpec
@@ -51,6 +51,8 @@ TINY: dict[str, Any] = {
 }
 SMALL_RUN = ("--kld-dataset=python-docs", "--kld-windows=3", "--kld-window-size=64", "--kld-stride=32")
 """Options of a run that takes a second: three windows of 64 tokens."""
+ENVIRONMENTS = {"sglang": "environment", "vllm": "vllm_cpu"}
+"""The fixtures of the real engines."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -203,24 +205,59 @@ def gate(
     return Gate(pytester, reference_dir, candidate_dir, text_file, gate_cache)
 
 
+MakeCampaign: TypeAlias = "Callable[[str, Path], Campaign]"
+
+
 @pytest.fixture(scope="session")
-def undisturbed(
-    tmp_path_factory: pytest.TempPathFactory, reference_dir: Path, candidate_dir: Path, text_file: Path
-) -> dict[str, dict[str, Any]]:
-    """The figures of a campaign by engine, if nothing happens."""
-    figures = {}
-    for engine in ("transformers", "tiny"):
-        directory = tmp_path_factory.mktemp("undisturbed") / engine
-        figures[engine] = Campaign(directory, engine, reference_dir, (candidate_dir,), text_file).completes()
-    return figures
+def make_campaign(
+    request: pytest.FixtureRequest,
+    make_model: MakeModel,
+    reference_dir: Path,
+    candidate_dir: Path,
+    text_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> MakeCampaign:
+    """Return a function that makes a gate in processes of its own, on an engine and in a directory.
+
+    The real engines are too fast for faults in a capture of 12 windows, and every one of them runs heads of 32.
+    """
+    config = LlamaConfig(**{**TINY, "head_dim": 32}, tie_word_embeddings=False)
+    longer = tmp_path_factory.mktemp("text") / "longer.txt"
+    longer.write_text(load_corpus("python-docs", Path()).text[:20_000], encoding="utf-8")
+
+    def make(engine: str, directory: Path) -> Campaign:
+        if engine not in ENVIRONMENTS:
+            return Campaign(directory, engine, reference_dir, (candidate_dir,), text_file)
+        environment: ServerEnvironment = request.getfixturevalue(ENVIRONMENTS[engine])
+        environment = environment.with_dtype("float32")
+        reference, candidate = make_model("campaign", config), make_model("campaign-noisy", config, noise=0.0005)
+        return Campaign(directory, engine, reference, (candidate,), longer, environment, 64)
+
+    return make
+
+
+class Undisturbed(dict[str, dict[str, Any]]):
+    """The figures of a campaign by engine, if nothing happens; measured when they are asked for."""
+
+    def __init__(self, make: MakeCampaign, directory: Path) -> None:
+        self.make, self.directory = make, directory
+
+    def __missing__(self, engine: str) -> dict[str, Any]:
+        campaign = self.make(engine, self.directory / engine)
+        self[engine] = campaign.completes()
+        campaign.end()
+        return self[engine]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(make_campaign: MakeCampaign, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return Undisturbed(make_campaign, tmp_path_factory.mktemp("undisturbed"))
 
 
 @pytest.fixture
-def campaign(
-    request: pytest.FixtureRequest, tmp_path: Path, reference_dir: Path, candidate_dir: Path, text_file: Path
-) -> Iterator[Campaign]:
-    """A gate in processes of its own, slowly, on the engine that the test's parameter names."""
-    made = Campaign(tmp_path / "campaign", request.param, reference_dir, (candidate_dir,), text_file)
+def campaign(request: pytest.FixtureRequest, tmp_path: Path, make_campaign: MakeCampaign) -> Iterator[Campaign]:
+    """A gate in processes of its own on the engine that the parameter names, slowly if that is not a real one."""
+    made = make_campaign(request.param, tmp_path / "campaign")
     made.fault("slow")
     yield made
     made.end()
@@ -253,8 +290,7 @@ def vllm_cpu(tmp_path_factory: pytest.TempPathFactory) -> VLLMEnvironment:
 )
 def engine(request: pytest.FixtureRequest) -> ServerEnvironment:
     """Each engine's real server in turn, in float32."""
-    fixture = {"sglang": "environment", "vllm": "vllm_cpu"}[request.param]
-    environment: ServerEnvironment = request.getfixturevalue(fixture)
+    environment: ServerEnvironment = request.getfixturevalue(ENVIRONMENTS[request.param])
     return environment.with_dtype("float32")
 
 

@@ -7,6 +7,7 @@ import shutil
 import time
 from typing import TYPE_CHECKING
 
+from pytest_kld.captures.sweep import _touched
 from pytest_kld.hook.protocol import new_run
 
 if TYPE_CHECKING:
@@ -47,3 +48,8 @@ def test_a_session_sweeps_what_is_old_and_nobodys(gate: Gate, tmp_path: Path) ->
     gate(*options).assert_outcomes(passed=1)
     assert not [path for path in (*temporary, *dead, discarded) if path.exists()]
     assert [path for path in (live, old_of_others, fresh, entry / "capture.json") if not path.exists()] == []
+
+
+def test_what_vanishes_meanwhile_is_not_old(tmp_path: Path) -> None:
+    """Another session removed it between the listing and the look."""
+    assert _touched(tmp_path / "gone") >= time.time() - 60

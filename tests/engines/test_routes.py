@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from recorded import load, record, transformers_subject
 from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
@@ -25,13 +26,12 @@ from pytest_kld.captures.routes import TOKENS, checked_routes
 from pytest_kld.engines import Routing
 from pytest_kld.engines.transformers import TransformersEngine
 from pytest_kld.errors import CaptureError, DamagedCaptureError
-from tests.recorded import load, record, transformers_subject
 
 if TYPE_CHECKING:
+    from conftest import MakeModel
     from transformers import PretrainedConfig
 
     from pytest_kld.text.windows import Windows
-    from tests.conftest import MakeModel
 
 SMALL = {
     "vocab_size": 1024,

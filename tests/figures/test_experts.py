@@ -9,24 +9,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
+from recorded import record
 from transformers import Qwen3MoeConfig
 
 from pytest_kld.collecting.kld import KLD
 from pytest_kld.figures.compare import compare
-from pytest_kld.figures.experts import FEW, experts_seen
+from pytest_kld.figures.experts import FEW, _rare, experts_seen
 from pytest_kld.figures.scores import Scores, Summary
 from pytest_kld.progress import Silent
 from pytest_kld.subjects.model import ModelSpec
 from pytest_kld.subjects.subject import Subject
 from pytest_kld.text.corpus import load_corpus
 from pytest_kld.text.windows import cut_windows, join_windows, load_tokenizer
-from tests.conftest import TINY
-from tests.recorded import record
 
 if TYPE_CHECKING:
+    from conftest import MakeModel
+
     from pytest_kld.captures.capture import Capture
     from pytest_kld.text.windows import Windows
-    from tests.conftest import MakeModel
 
 EXPERTS = 160
 MOE = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "tie_word_embeddings": False}
@@ -214,3 +215,9 @@ def test_a_poisoned_expert_is_unseen_until_a_text_reaches_it(
     reached = gate(long_windows)
     assert not reached.verdict().passed
     assert reached.nan_count > 0
+
+
+def test_the_least_used_twentieth_is_exactly_that_without_ties() -> None:
+    kl = np.arange(40.0).reshape(2, 20)
+    rare = _rare({"rarest": np.arange(40).reshape(2, 20) + 1}, kl)
+    assert rare == {"most_tokens": 2, "positions": 2, "mean_kl": 0.5, "other_mean_kl": np.arange(2, 40).mean()}

@@ -87,6 +87,15 @@ def test_several_datasets_give_the_interval_of_the_average_difference() -> None:
     assert interval.low < means[0] - means[1] < interval.high
 
 
+def test_each_dataset_counts_equally_in_the_average_difference() -> None:
+    """The first text lost nothing, so its own interval would be [0, 0]."""
+    now, before = pair(1, loss=0.05, datasets=2)
+    kl = np.concatenate([before.columns["kl"][: WINDOWS // 2], now.columns["kl"][WINDOWS // 2 :]])
+    interval = paired_intervals(replace(now, columns={**now.columns, "kl": kl}), before, 0.95)["mean"]
+    difference = (kl - before.columns["kl"])[WINDOWS // 2 :].mean() / 2
+    assert 0 < interval.low < difference < interval.high
+
+
 def test_other_tokens_are_refused() -> None:
     now, before = pair(0, loss=0.05)
     other = replace(before, columns={**before.columns, "token_ids": before.columns["token_ids"] + 1})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from pytest_kld.figures.saw import script_of, what_was_seen
+from pytest_kld.figures.saw import never_met, script_of, what_was_seen
 from pytest_kld.figures.scores import Scores
 from pytest_kld.text.tokens import Tokens
 
@@ -135,3 +135,12 @@ def test_a_longer_context_and_skipped_positions_are_named() -> None:
     assert (saw["positions"]["first"], saw["positions"]["last"]) == (2, 5)
     assert "no position beyond 6, of 4,096 that the candidate supports" in saw["unseen"]
     assert "no position before 2" in saw["unseen"]
+
+
+def test_experts_that_were_never_met_are_named_by_layer_and_only_a_few() -> None:
+    layers = [{"layer": 1, "never": [3], "few": 0, "changed": None}, {"layer": 4, "never": [0, 7]}]
+    assert never_met({"experts": 16, "layers": layers}) == ["3 of 16 experts never met (layer:expert 1:3, 4:0, 4:7)"]
+    assert never_met({"experts": 16, "layers": [{"layer": 1, "never": []}]}) == []
+    (many,) = never_met({"experts": 1600, "layers": [{"layer": 1, "never": list(range(100))}]})
+    assert many.startswith("100 of 1,600 experts never met (layer:expert 1:0, 1:1, ")
+    assert many.endswith(", …)")

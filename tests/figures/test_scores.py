@@ -216,3 +216,11 @@ def test_a_table_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CacheError, match=r"cannot write .*a\.safetensors"):
         make_scores().save(tmp_path / "file" / "a.safetensors")
+
+
+def test_a_side_is_named_with_its_engine_and_path() -> None:
+    scores = make_scores()
+    scores.about["candidate"]["key"] = {"engine": {"engine": "sglang"}, "path": "decode"}
+    ours, theirs = scores.subject("candidate"), scores.subject("reference")
+    assert (ours.name, ours.engine, ours.path) == ("Référence", "sglang", "decode")
+    assert (theirs.name, theirs.engine, theirs.path) == ("Référence", "", "prefill")

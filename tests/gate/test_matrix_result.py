@@ -120,3 +120,14 @@ def test_a_result_comes_back_from_plain_data_and_forged_ones_do_not() -> None:
     for wrong in ({"gaps": {"y": "?"}}, {"outcome": "fine"}, {"members": data["members"][:1]}):
         with pytest.raises(ValueError, match="contradicts itself"):
             MatrixResult.from_json({**data, **wrong})
+
+
+def test_an_open_pair_has_a_question_mark_and_one_below_the_floor_is_known_by_its_mean() -> None:
+    undecided = made_matrix(bound=0.001, confidence=0.9)
+    assert undecided.explain().splitlines()[1].startswith("  ?     mean KL(")
+    (pair,) = undecided.pairs
+    first, second = pair["first"], pair["second"]
+    assert not undecided.is_below_floor(first, second)
+    for noise, below in ((0.0004, False), (0.0006, True)):  # the mean is 0.001
+        floored = replace(undecided, pairs=({**pair, "floor": {"mean": noise}},))
+        assert floored.is_below_floor(first, second) is below

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from cpu_environment import ServerEnvironment
 from filelock import FileLock
 
@@ -24,10 +26,13 @@ from pytest_kld.captures.capture import Capture
 from pytest_kld.figures.scores import Scores
 
 ENGINES, ROOT = Path(__file__).parents[1] / "engines", Path(__file__).parents[2]
-WINDOWS, SIZE = 12, 64
+SIZE = 64
 DAY = 24 * 3600
 SEEDS = int(os.environ.get("KLD_CAMPAIGN_SEEDS", "2"))
 """How many random points are tried in each case; `KLD_CAMPAIGN_SEEDS=50` tries many."""
+
+REAL = [pytest.param(name, marks=[getattr(pytest.mark, name), pytest.mark.long]) for name in ("sglang", "vllm")]
+"""The real engines; each try boots one or two servers, so the README's command leaves them out."""
 
 CONFTEST = """
 import time
@@ -95,7 +100,7 @@ class Campaign:
     candidates: tuple[Path, ...]
     text: Path
     environment: ServerEnvironment | None = None
-    count: int = WINDOWS
+    count: int = 12
     temporary: Path = field(init=False)
     started: list[subprocess.Popen[str]] = field(default_factory=list)
 
@@ -179,6 +184,16 @@ class Campaign:
         output = self.directory / f"output-{self.started.index(process)}"
         while words not in output.read_text() and process.poll() is None:
             time.sleep(0.1)
+
+    def wait_for_any_point(self, process: subprocess.Popen[str], chance: random.Random) -> None:
+        """Wait until a random point of a gate: of all its time, or, as likely, of what it has yet to capture."""
+        windows = self.count * (1 + len(self.candidates))
+        if chance.random() < 0.5 and self.windows() < windows:
+            self.wait_for_windows(chance.randint(self.windows() + 1, windows), process)
+            time.sleep(chance.random() * 0.2)
+        else:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=chance.uniform(1, 60 if self.environment else 15))
 
     def processes(self) -> list[psutil.Process]:
         """Return all processes of all runs that are alive, wherever they are in the tree."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from conftest import TINY, Gate, MakeDisk, MakeModel
-from guarantees.campaign import BLIND, SEEDS, Campaign
+from guarantees.campaign import BLIND, REAL, SEEDS, Campaign
 from recorded import record
 from transformers import Qwen3MoeConfig
 
@@ -205,7 +205,7 @@ def disk(make_disk: MakeDisk) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("campaign", ["transformers", "tiny"], indirect=True)
+@pytest.mark.parametrize("campaign", ["transformers", "tiny", *REAL], indirect=True)
 def test_a_disk_that_fills_up_in_a_capture_is_an_error_and_the_rerun_goes_on_when_there_is_room(
     disk: Path, campaign: Campaign, undisturbed: dict[str, Any]
 ) -> None:
@@ -224,7 +224,7 @@ def test_a_disk_that_fills_up_in_a_capture_is_an_error_and_the_rerun_goes_on_whe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("campaign", ["transformers"], indirect=True)
+@pytest.mark.parametrize("campaign", ["transformers"], indirect=True)  # a server's log keeps its disk writable
 def test_a_cache_that_becomes_read_only_in_a_capture_is_an_error(
     disk: Path, campaign: Campaign, undisturbed: dict[str, Any]
 ) -> None:
@@ -239,4 +239,4 @@ def test_a_cache_that_becomes_read_only_in_a_capture_is_an_error(
     assert (process.returncode, campaign.result()["outcome"]) == (1, "error"), output
     assert "Read-only file system" in output
     subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
-    campaign.completes(undisturbed["transformers"])
+    campaign.completes(undisturbed[campaign.engine])

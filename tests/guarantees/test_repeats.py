@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guarantees.campaign import Campaign
+from conftest import MakeModel
+from guarantees.campaign import REAL, Campaign
+from transformers import AutoConfig
 
 pytestmark = pytest.mark.slow
 
@@ -52,19 +54,20 @@ def contents(directory: Path, *patterns: str) -> dict[str, Any]:
 ENTRIES = ("cache/captures/*/**/*", "cache/scores/*.safetensors")
 
 
-@pytest.mark.parametrize("campaign", ["transformers", "tiny"], indirect=True)
+@pytest.mark.parametrize("campaign", ["transformers", "tiny", *REAL], indirect=True)
 def test_captures_scores_and_reports_are_the_same_bytes_in_another_process_and_order(
-    campaign: Campaign, broken_dir: Path
+    campaign: Campaign, make_model: MakeModel
 ) -> None:
     campaign.fault("")
-    near, far = f"--kld-candidate={campaign.candidates[0]}", f"--kld-candidate={broken_dir}"
+    noisier = make_model(f"noisier-{campaign.engine}", AutoConfig.from_pretrained(campaign.reference), noise=0.001)
+    near, far = f"--kld-candidate={campaign.candidates[0]}", f"--kld-candidate={noisier}"
     campaign.candidates = ()
     limit = "--kld-max-mean=10"
     first = run(campaign, "first", "1", near, far, limit)
     again = run(campaign, "again", "2", near, far, limit)
     other = run(campaign, "other", "3", far, near, limit)
     entries = contents(first, *ENTRIES)
-    assert len(entries) == 3 * (12 + 2) + 2
+    assert len(entries) == 3 * (campaign.count + 2) + 2
     for repeat in (again, other):
         found = contents(repeat, *ENTRIES)
         assert found.keys() == entries.keys()

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import jsonschema
 import pytest
+from conftest import TINY
 from transformers import Llama4TextConfig, Qwen3MoeConfig
 
 from pytest_kld.captures.manifest import EXPERTS_FILE, MANIFEST, read_manifest, write_manifest
-from tests.conftest import TINY
 
 if TYPE_CHECKING:
-    from tests.conftest import Gate, MakeModel
+    from conftest import Gate, MakeModel
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "report.schema.json").read_text(encoding="utf-8"))
 
