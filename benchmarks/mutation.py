@@ -43,8 +43,10 @@ def again() -> None:
     reached = json.loads(Path("mutants/mutmut-stats.json").read_text("utf-8"))["tests_by_mangled_function_name"]
     for meta in sorted(Path("mutants/pytest_kld").glob("*/*.meta")):
         found = json.loads(meta.read_text("utf-8"))
-        module = f"pytest_kld.{meta.parent.name}.{meta.name.removesuffix('.py.meta')} "
-        own = [str(path) for path in sorted(Path("tests").glob("*/test_*.py")) if module in path.read_text("utf-8")]
+        module = meta.name.removesuffix(".py.meta")
+        files = sorted(Path("tests").glob("*/test_*.py"))
+        imported = f"pytest_kld.{meta.parent.name}.{module} "
+        own = [str(path) for path in files if path.stem == f"test_{module}" or imported in path.read_text("utf-8")]
         for name, code in found["exit_code_by_key"].items():
             if code not in SURVIVED:
                 continue

@@ -112,7 +112,7 @@ def check_arriving(cache: Cache, entry: Path, text: bytes) -> dict[str, Any]:
     if cache.capture_entry(manifest["key"]) != entry:
         raise DamagedCaptureError(entry, f"the capture that arrived for {entry.name} has the key of another.")
     expected = {*manifest["window_files"], *([HEAD_FILE] if manifest["store"] == "hidden" else [])}
-    if (routing := manifest.get("routing")) is not None and routing["unobserved"] is None:
+    if (routing := manifest["routing"]) is not None and routing["unobserved"] is None:
         expected.add(EXPERTS_FILE)
     if others := sorted(manifest["files"].keys() - expected):
         raise DamagedCaptureError(entry, f"the capture that arrived for {entry.name} has a file {others[0]!a}.")

@@ -173,7 +173,7 @@ class Capture:
     @property
     def routing(self) -> dict[str, Any] | None:
         """Return `layers`, `experts` and `unobserved`, see `Routing`; None for a dense model, or if it is unknown."""
-        routing: dict[str, Any] | None = self.manifest.get("routing")
+        routing: dict[str, Any] | None = self.manifest["routing"]
         return routing
 
     @property

@@ -124,6 +124,7 @@ def _manifest(
         "store_reason": f"imported from the {original.manifest['store_reason']}",
         "vocab_size": original.vocab_size,
         "transforms": None,
+        "routing": None,
         "checks": None,
         "window_files": [window_file("logprobs", index) for index in range(windows.count)],
         "files": files,

@@ -111,8 +111,6 @@ class CaptureLibrary:
                 continue
             with self.cache.lock(entry, lambda: self._say_waiting(subject)):
                 capture = self._find(entry, subject, covered, key)
-                if capture is not None and self._lacks_routes(capture, subject):
-                    capture = None
                 if capture is None and covered is windows:
                     capture = self._make(entry, subject, windows, rounds, key, before)
             if capture is not None:
@@ -323,13 +321,6 @@ class CaptureLibrary:
             **({} if subject.run == 1 else {"run": subject.run}),
             **({} if windows.decoding is None else {"decoding": windows.decoding.to_json()}),
         }
-
-    def _lacks_routes(self, capture: Capture, subject: Subject) -> bool:
-        """Tell whether a capture is from a version that recorded no experts, and the model has some."""
-        if "routing" in capture.manifest or self.engine(subject.engine).facts(subject).experts is None:
-            return False
-        self.progress.note(f"{subject.label}: its capture has no routes to experts, so it is captured again")
-        return True
 
     def _say_waiting(self, subject: Subject) -> None:
         self.progress.note(f"waiting for another process, which is making the capture of {subject.label}")

@@ -110,6 +110,7 @@ def manifest_of_original_layout(path: Path, windows: int) -> dict[str, Any]:
         "store_reason": f"original layout, {count} files for {windows} windows",
         "vocab_size": None,
         "transforms": None,
+        "routing": None,
         "checks": None,
         "window_files": names,
         # Without a manifest the right digests are unknown; the time stamp distinguishes versions.

@@ -40,8 +40,7 @@ def check_manifest(
     for index, name in enumerate(names):
         if name != (expected := window_file(store, index)):
             raise ValueError(f"window_files[{index}]: expected {expected!r}, got {_brief(name)}")
-    routing = manifest.get("routing")
-    _ROUTING(routing, "routing")
+    routing = manifest["routing"]
     routed = routing is not None and routing["unobserved"] is None
     for name in (*names, *([head_file] if store == "hidden" else []), *([experts_file] if routed else [])):
         if name not in files:
@@ -149,7 +148,6 @@ def _fields(**checks: Check) -> Check:
 
 
 _DECODING = _fields(prompt_size=_whole(1), concurrency=_whole(1))
-_ROUTING = _or_null(_fields(layers=_list(_whole(0), empty=True), experts=_whole(1), unobserved=_or_null(_text)))
 _MANIFEST = _fields(
     pytest_kld=_text,
     key=_mapping,
@@ -177,6 +175,7 @@ _MANIFEST = _fields(
     store_reason=_text,
     vocab_size=_whole(1),
     transforms=_or_null(_fields(scale=_number(positive=True), softcap=_or_null(_number(positive=True)))),
+    routing=_or_null(_fields(layers=_list(_whole(0), empty=True), experts=_whole(1), unobserved=_or_null(_text))),
     checks=_or_null(_fields(rows=_whole(0), worst=_number(), mean_kl_nats=_number())),
     window_files=_list(_text),
     files=_values(_fields(bytes=_whole(0), sha256=_digest)),

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 import pytest
 
+from pytest_kld import __version__
 from pytest_kld.command import main
 from pytest_kld.errors import BaselineError
-from pytest_kld.gate.baseline import find_baseline
+from pytest_kld.gate.baseline import find_baseline, how_measured
 
 if TYPE_CHECKING:
     from conftest import Gate, MakeModel
@@ -58,6 +59,10 @@ def test_the_same_model_does_not_regress(gate: Gate, release: Path) -> None:
     run.assert_outcomes(passed=1)
     (result,) = validate(gate.path / "now.json")["results"]
     assert result["baseline"]["paired"] is True
+    assert result["baseline"]["created"] == validate(gate.path / "before.json")["created"]
+    baseline = find_baseline(gate.path / "baselines", str(release))
+    assert baseline is not None
+    assert baseline.made_from["pytest_kld"] == __version__
     assert [change["difference"] for change in result["baseline"]["changes"]] == [0, 0, 0]
 
 
@@ -143,6 +148,24 @@ def test_what_differs_is_named(gate: Gate, release: Path, path: str, value: Any,
     assert baseline.what_differs(result["about"]) == []
     (differing,) = baseline.what_differs(changed(result["about"], path, value))
     assert differing.startswith(said)
+
+
+def test_other_token_ids_are_news_only_by_themselves(gate: Gate, release: Path) -> None:
+    (result,) = gate.results("before.json")
+    baseline = find_baseline(gate.path / "baselines", str(release))
+    assert baseline is not None
+    about = changed(result["about"], "protocol.token_ids_sha256", "0")
+    about = changed(changed(about, "protocol.windows", 2), "protocol.stride", 8)
+    windows, stride = baseline.what_differs(about)
+    assert windows.startswith("the number of windows")
+    assert stride.startswith("the stride")
+
+
+def test_a_reference_without_a_key_is_known_by_its_digest(gate: Gate, release: Path) -> None:
+    """As that of imported log-probabilities."""
+    (result,) = gate.results("before.json")
+    about = changed(result["about"], "reference.key", None)
+    assert how_measured(about)["reference"] == about["reference"]["digest"]
 
 
 def test_other_versions_of_an_engine_are_noted_and_not_refused(gate: Gate, release: Path) -> None:

@@ -11,8 +11,6 @@ import pytest
 from conftest import TINY
 from transformers import Llama4TextConfig, Qwen3MoeConfig
 
-from pytest_kld.captures.manifest import EXPERTS_FILE, MANIFEST, read_manifest, write_manifest
-
 if TYPE_CHECKING:
     from conftest import Gate, MakeModel
 
@@ -93,19 +91,6 @@ def test_a_marker_that_limits_experts_of_a_dense_model_is_an_error(gate: Gate) -
     result = gate("--kld-max-mean=1")
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines(["*min_experts_seen cannot be checked: the candidate is dense, or *"])
-
-
-def test_a_capture_of_a_version_that_recorded_no_routes_is_made_again(gate: Gate, moe: Path) -> None:
-    gate.reference = moe
-    gate.cache = f"--kld-cache-dir={gate.path / 'own-cache'}"
-    assert gate("--kld-windows=1", candidates=(moe,)).ret == 0
-    (entry,) = (path.parent for path in (gate.path / "own-cache" / "captures").glob("*/" + MANIFEST))
-    manifest = read_manifest(entry)
-    del manifest["routing"], manifest["files"][EXPERTS_FILE]
-    write_manifest(entry, manifest)
-    result = gate("--kld-windows=1", "--kld-min-experts-seen=0", candidates=(moe,))
-    assert result.ret == 0
-    result.stdout.fnmatch_lines(["*its capture has no routes to experts, so it is captured again", "*Experts of the *"])
 
 
 def test_a_model_that_does_not_show_its_experts_passes_with_a_note_but_not_with_a_limit(
