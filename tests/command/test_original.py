@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,6 +152,17 @@ def test_an_imported_capture_has_the_same_numbers_and_the_token_ids(
         assert torch.equal(capture.rows(window, 0, 64), originals.log_probs["awq"][window])
     assert main(["cache", "verify", "--cache-dir", str(originals.root / "cache")]) == 0
     assert originals.imported("a", "awq", capsys) == str(path)
+
+
+def test_an_import_tells_the_perplexity_of_its_windows(
+    originals: Originals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = [f"--tokenizer={originals.tokenizer}", f"--cache-dir={originals.root / 'cache'}"]
+    protocol = ["--dataset=python-docs", "--windows=3", "--window-size=64", "--stride=32"]
+    assert main(["import-logprobs", str(originals.root / "awq"), "--name=a", *protocol, *place]) == 0
+    labels = torch.from_numpy(originals.windows.token_ids).long()[:, 1:, None]
+    nll = -float(originals.log_probs["awq"][:, :-1].double().gather(2, labels).mean())
+    assert f"a: perplexity {math.exp(nll):,.2f} on these windows" in capsys.readouterr().err
 
 
 def test_captures_of_equal_bits_keep_their_names(originals: Originals, capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,4 +135,10 @@ def test_each_change_takes_the_interval_of_its_figure_and_whether_it_decides() -
     for decides, state in ((False, "pass"), (True, "inconclusive")):
         mean, p99, _ = changes(before, FIGURES_NOW, allowed, intervals={"mean": interval}, decides=decides)
         assert (mean.interval, mean.state, p99.interval) == (interval, state, None)
+        told = Verdict(checks=(), changes=(mean,)).explain("B", "A", {"positions": 9, "infinite_count": 0})
+        assert told.splitlines()[0].endswith(
+            "inconclusive at confidence 0.95: B against A, 9 positions"
+            if decides
+            else "limits: B against A, 9 positions"
+        )
     assert changes(before, FIGURES_NOW, allowed, intervals={"mean": interval})[0].state == "pass"

@@ -15,6 +15,7 @@ import pytest
 from pytest_kld import __version__
 from pytest_kld.command import main
 from pytest_kld.errors import BaselineError
+from pytest_kld.files import sha256_of_json
 from pytest_kld.gate.baseline import find_baseline, how_measured
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def test_the_same_model_does_not_regress(gate: Gate, release: Path) -> None:
     baseline = find_baseline(gate.path / "baselines", str(release))
     assert baseline is not None
     assert baseline.made_from["pytest_kld"] == __version__
+    assert baseline.made_from["candidate"]["key"] == sha256_of_json(result["about"]["candidate"]["key"])[:32]
     assert [change["difference"] for change in result["baseline"]["changes"]] == [0, 0, 0]
 
 
@@ -166,6 +168,7 @@ def test_a_reference_without_a_key_is_known_by_its_digest(gate: Gate, release: P
     (result,) = gate.results("before.json")
     about = changed(result["about"], "reference.key", None)
     assert how_measured(about)["reference"] == about["reference"]["digest"]
+    assert how_measured(about)["path"] == "prefill"
 
 
 def test_other_versions_of_an_engine_are_noted_and_not_refused(gate: Gate, release: Path) -> None:
