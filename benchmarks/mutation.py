@@ -13,10 +13,13 @@ from collections import Counter
 from pathlib import Path
 
 ROOMS = ("kernel", "figures", "gate", "captures")
-KILLED = {1, 3, 24, -24, 36, 152, 255}
+UNENDED = {24, -24, 36, 152, 255}
+KILLED = {1, 3, *UNENDED}
 """mutmut's exit codes for a test that failed, and for a run that broke or did not end (`status_by_exit_code`)."""
 SURVIVED = {0, 5, 33}
 """The same for tests that all passed, and for no test that reaches the mutant."""
+LONGEST = 900
+"""How many seconds the tests of one mutant may take."""
 
 
 def sample(room: str, count: int, seed: int) -> list[str]:
@@ -33,7 +36,7 @@ def sample(room: str, count: int, seed: int) -> list[str]:
 
 
 def again() -> None:
-    """Try what no test has killed again, with the tests as they are now, and note what they kill.
+    """Try what no test has killed again, and what did not end, with the tests as they are now, and note what they kill.
 
     mutmut chooses a mutant after it has imported the modules. Here each has a process of its own, in which it is chosen
     before: code that runs when a module is imported is tried, too. The tests are those that name the module, and those
@@ -41,29 +44,34 @@ def again() -> None:
     """
     shutil.copytree("tests", "mutants/tests", dirs_exist_ok=True)
     reached = json.loads(Path("mutants/mutmut-stats.json").read_text("utf-8"))["tests_by_mangled_function_name"]
+    files = {path: path.read_text("utf-8") for path in sorted(Path("tests").glob("*/test_*.py"))}
     for meta in sorted(Path("mutants/pytest_kld").glob("*/*.meta")):
         found = json.loads(meta.read_text("utf-8"))
         module = meta.name.removesuffix(".py.meta")
-        files = sorted(Path("tests").glob("*/test_*.py"))
         imported = f"pytest_kld.{meta.parent.name}.{module} "
-        own = [str(path) for path in files if path.stem == f"test_{module}" or imported in path.read_text("utf-8")]
+        own = {str(path) for path, text in files.items() if path.stem == f"test_{module}" or imported in text}
         for name, code in found["exit_code_by_key"].items():
-            if code not in SURVIVED:
-                continue
-            tests = [test for test in sorted(reached.get(name.rpartition("__mutmut_")[0], ())) if not _is_in(test, own)]
-            command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:kld", *own, *tests]
-            run = subprocess.run(
-                command, cwd="mutants", env={**os.environ, "MUTANT_UNDER_TEST": name}, check=False, capture_output=True
-            )
-            if run.returncode not in {0, 1}:  # such as 4: a test that mutmut knows is gone
-                raise SystemExit(f"{name}: {run.stdout.decode()}")
-            print(f"{name}: {'killed' if run.returncode else 'survived'}", flush=True)
-            found["exit_code_by_key"][name] = run.returncode
-            meta.write_text(json.dumps(found, indent=4), "utf-8")
+            if code in SURVIVED | UNENDED:
+                reaching = reached.get(name.rpartition("__mutmut_")[0], ())
+                killed = _is_killed(
+                    name, [*sorted(own), *(test for test in reaching if test.split("::")[0] not in own)]
+                )
+                print(f"{name}: {'killed' if killed else 'survived'}", flush=True)
+                found["exit_code_by_key"][name] = int(killed)
+                meta.write_text(json.dumps(found, indent=4), "utf-8")
 
 
-def _is_in(test: str, files: list[str]) -> bool:
-    return test.partition("::")[0] in files
+def _is_killed(name: str, tests: list[str]) -> bool:
+    """Tell whether a test fails with a mutant, or does not end."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:kld", *tests]
+    chosen = {**os.environ, "MUTANT_UNDER_TEST": name}
+    try:
+        run = subprocess.run(command, cwd="mutants", env=chosen, check=False, capture_output=True, timeout=LONGEST)
+    except subprocess.TimeoutExpired:
+        return True
+    if run.returncode not in {0, 1}:  # such as 4: a test that mutmut knows is gone
+        raise SystemExit(f"{name}: {run.stdout.decode()}")
+    return run.returncode == 1
 
 
 def report() -> str:

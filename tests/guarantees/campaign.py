@@ -196,11 +196,14 @@ class Campaign:
                 process.wait(timeout=chance.uniform(1, 60 if self.environment else 15))
 
     def processes(self) -> list[psutil.Process]:
-        """Return all processes of all runs that are alive, wherever they are in the tree."""
+        """Return all processes of all runs that are alive, wherever they are in the tree.
+
+        They have our variable or run in our directory. A process that sets its title may lose the former.
+        """
         found = []
         for process in psutil.process_iter():
             try:
-                ours = process.environ().get("CAMPAIGN") == str(self.directory)
+                ours = str(self.directory) in {process.environ().get("CAMPAIGN"), process.cwd()}
                 if ours and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
             except (psutil.NoSuchProcess, psutil.AccessDenied):

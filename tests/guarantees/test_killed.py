@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from guarantees.campaign import REAL, SEEDS, Campaign, interrupt
 
@@ -149,8 +150,8 @@ def test_a_worker_of_xdist_that_is_killed_in_a_capture_is_an_error_and_the_rerun
 ) -> None:
     process = campaign.start("-n1")
     campaign.wait_for_windows(3, process)
-    (worker,) = [one for one in campaign.processes() if one.ppid() == process.pid]
-    os.kill(worker.pid, signal.SIGKILL)
+    (worker,) = psutil.Process(process.pid).children()
+    worker.kill()
     output = campaign.output(process)
     assert (process.returncode, campaign.result()["outcome"]) == (1, "error"), output
     assert "crashed" in campaign.result()["message"]
