@@ -63,7 +63,8 @@ def again() -> None:
 
 def _is_killed(name: str, tests: list[str]) -> bool:
     """Tell whether a test fails with a mutant, or does not end."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:kld", *tests]
+    options = ["-x", "-q", "-m", "not slow", "-p", "no:kld", "--hypothesis-profile=unshrunk"]
+    command = [sys.executable, "-m", "pytest", *options, *tests]
     chosen = {**os.environ, "MUTANT_UNDER_TEST": name}
     try:
         run = subprocess.run(command, cwd="mutants", env=chosen, check=False, capture_output=True, timeout=LONGEST)

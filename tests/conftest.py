@@ -20,7 +20,7 @@ import torch
 from cpu_environment import ServerEnvironment
 from filelock import FileLock
 from guarantees.campaign import Campaign
-from hypothesis import settings
+from hypothesis import Phase, settings
 from sglang_cpu.environment import SGLangEnvironment, sglang_environment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 settings.register_profile("long")
 """Chosen with --hypothesis-profile=long: the fuzzing of readers tries many more files."""
+settings.register_profile("unshrunk", phases=[Phase.explicit, Phase.generate])
+"""Mutation testing wants to know that a test fails, and not the smallest input with which it does."""
 ROOT = Path(__file__).parent.parent
 VOCAB_SIZE = 1024
 TINY: dict[str, Any] = {
