@@ -53,9 +53,8 @@ def again() -> None:
         for name, code in found["exit_code_by_key"].items():
             if code in SURVIVED | UNENDED:
                 reaching = reached.get(name.rpartition("__mutmut_")[0], ())
-                killed = _is_killed(
-                    name, [*sorted(own), *(test for test in reaching if test.split("::")[0] not in own)]
-                )
+                others = [test for test in reaching if test.split("::")[0] not in own]
+                killed = _is_killed(name, [*sorted(own), *others])
                 print(f"{name}: {'killed' if killed else 'survived'}", flush=True)
                 found["exit_code_by_key"][name] = int(killed)
                 meta.write_text(json.dumps(found, indent=4), "utf-8")

@@ -42,7 +42,7 @@ def test_a_server_killed_at_a_random_point_of_a_capture_is_an_error_and_the_reru
         killed = "nothing"
         for server in campaign.servers():
             one = chance.choice([server, *server.children(recursive=True)])
-            killed = " ".join(one.cmdline())[-70:]
+            killed = " ".join(one.cmdline()).strip()[-70:]
             one.kill()
         output = campaign.output(process)
         print(f"{campaign.engine}: {before} windows and more, killed {killed!r}: {campaign.result()['outcome']}")
