@@ -13,11 +13,10 @@ from collections import Counter
 from pathlib import Path
 
 ROOMS = ("kernel", "figures", "gate", "captures")
-UNENDED = {24, -24, 36, 152, 255}
-KILLED = {1, 3, *UNENDED}
+KILLED = {1, 3, 24, -24, 36, 152}
 """mutmut's exit codes for a test that failed, and for a run that broke or did not end (`status_by_exit_code`)."""
-SURVIVED = {0, 5, 33}
-"""The same for tests that all passed, and for no test that reaches the mutant."""
+OPEN = {0, 5, 33, 255}
+"""The same for tests that all passed, for no test that reaches the mutant, and for ids of tests that pytest refuses."""
 LONGEST = 900
 """How many seconds the tests of one mutant may take."""
 
@@ -36,7 +35,7 @@ def sample(room: str, count: int, seed: int) -> list[str]:
 
 
 def again() -> None:
-    """Try what no test has killed again, and what did not end, with the tests as they are now, and note what they kill.
+    """Try what no test has killed again, with the tests as they are now, and note what they kill.
 
     mutmut chooses a mutant after it has imported the modules. Here each has a process of its own, in which it is chosen
     before: code that runs when a module is imported is tried, too. The tests are those that name the module, and those
@@ -51,10 +50,10 @@ def again() -> None:
         imported = f"pytest_kld.{meta.parent.name}.{module} "
         own = {str(path) for path, text in files.items() if path.stem == f"test_{module}" or imported in text}
         for name, code in found["exit_code_by_key"].items():
-            if code in SURVIVED | UNENDED:
+            if code in OPEN:
                 reaching = reached.get(name.rpartition("__mutmut_")[0], ())
-                others = [test for test in reaching if test.split("::")[0] not in own]
-                killed = _is_killed(name, [*sorted(own), *others])
+                others = {test.partition("[")[0] for test in reaching if test.split("::")[0] not in own}
+                killed = _is_killed(name, [*sorted(own), *sorted(others)])
                 print(f"{name}: {'killed' if killed else 'survived'}", flush=True)
                 found["exit_code_by_key"][name] = int(killed)
                 meta.write_text(json.dumps(found, indent=4), "utf-8")
@@ -69,7 +68,7 @@ def _is_killed(name: str, tests: list[str]) -> bool:
         run = subprocess.run(command, cwd="mutants", env=chosen, check=False, capture_output=True, timeout=LONGEST)
     except subprocess.TimeoutExpired:
         return True
-    if run.returncode not in {0, 1}:  # such as 4: a test that mutmut knows is gone
+    if run.returncode not in {0, 1}:  # such as 4: a test is gone
         raise SystemExit(f"{name}: {run.stdout.decode()}")
     return run.returncode == 1
 
