@@ -34,20 +34,20 @@ def sample(room: str, count: int, seed: int) -> list[str]:
     return random.Random(seed).sample(names, min(count, len(names)))
 
 
-def again() -> None:
-    """Try what no test has killed again, with the tests as they are now, and note what they kill.
+def again(room: str) -> None:
+    """Try what no test of a room has killed again, with the tests as they are now, and note what they kill.
 
     mutmut chooses a mutant after it has imported the modules. Here each has a process of its own, in which it is chosen
-    before: code that runs when a module is imported is tried, too. The tests are those that name the module, and those
-    that mutmut saw reach the function.
+    before: code that runs when a module is imported is tried, too. The tests are the room's that name the module, and
+    those that mutmut saw reach the function.
     """
     shutil.copytree("tests", "mutants/tests", dirs_exist_ok=True)
     reached = json.loads(Path("mutants/mutmut-stats.json").read_text("utf-8"))["tests_by_mangled_function_name"]
-    files = {path: path.read_text("utf-8") for path in sorted(Path("tests").glob("*/test_*.py"))}
-    for meta in sorted(Path("mutants/pytest_kld").glob("*/*.meta")):
+    files = {path: path.read_text("utf-8") for path in sorted(Path("tests", room).glob("test_*.py"))}
+    for meta in sorted(Path("mutants/pytest_kld", room).glob("*.meta")):
         found = json.loads(meta.read_text("utf-8"))
         module = meta.name.removesuffix(".py.meta")
-        imported = f"pytest_kld.{meta.parent.name}.{module} "
+        imported = f"pytest_kld.{room}.{module} "
         own = {str(path) for path, text in files.items() if path.stem == f"test_{module}" or imported in text}
         for name, code in found["exit_code_by_key"].items():
             if code in OPEN:
@@ -91,17 +91,17 @@ def main() -> None:
     """Run a sub-command."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    drawing = commands.add_parser("sample")
-    drawing.add_argument("room", choices=ROOMS)
+    drawing, trying = commands.add_parser("sample"), commands.add_parser("again")
+    for one in (drawing, trying):
+        one.add_argument("room", choices=ROOMS)
     drawing.add_argument("count", type=int)
     drawing.add_argument("--seed", type=int, default=0)
     commands.add_parser("report")
-    commands.add_parser("again")
     arguments = parser.parse_args()
     if arguments.command == "report":
         print(report())
     elif arguments.command == "again":
-        again()
+        again(arguments.room)
     else:
         print(*sample(arguments.room, arguments.count, arguments.seed))
 

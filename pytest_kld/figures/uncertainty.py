@@ -385,8 +385,8 @@ def correlation_length(scores: Scores, source: NDArray[np.int64]) -> int:
     """
     valid = valid_positions(scores)
     kl, at = scores.columns["kl"][valid], source[valid]
-    ranks = np.empty(kl.size)
-    ranks[np.argsort(kl)] = np.arange(kl.size)
+    _, places, equal = np.unique(kl, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(equal) - (equal + 1) / 2)[places]  # equal values share a rank, or their order would count
     counts = np.bincount(at)
     series = np.bincount(at, ranks)[counts > 0] / counts[counts > 0]
     n = series.size

@@ -224,3 +224,20 @@ def test_a_side_is_named_with_its_engine_and_path() -> None:
     ours, theirs = scores.subject("candidate"), scores.subject("reference")
     assert (ours.name, ours.engine, ours.path) == ("Référence", "sglang", "decode")
     assert (theirs.name, theirs.engine, theirs.path) == ("Référence", "", "prefill")
+
+
+def test_a_quantile_among_infinities_is_infinite_and_one_just_below_them_is_not() -> None:
+    scores = make_scores(1, 11)
+    scores.columns["kl"][0, 5:] = np.inf
+    summary = Summary.of(scores)
+    assert (summary.median, summary.p90, summary.p99) == (math.inf, math.inf, math.inf)
+    scores.columns["kl"][0] = [*range(6), *[np.inf] * 5]
+    assert Summary.of(scores).median == 5  # of eleven it is the sixth, and the seventh has no weight
+
+
+def test_a_flip_counts_only_above_even_confidence() -> None:
+    scores = make_scores(1, 4)
+    scores.columns["reference_confidence"][0] = [0.5, 0.5, 0.75, 0.75]
+    scores.columns["reference_argmax"][0] = 1
+    scores.columns["candidate_argmax"][0] = [2, 2, 2, 1]
+    assert Summary.of(scores).flips == 0.5

@@ -112,6 +112,19 @@ def test_correlation_along_the_text_makes_blocks_longer() -> None:
     assert Blocks.cut(related).length > Blocks.cut(lone).length
 
 
+def test_what_is_short_or_constant_shows_no_dependence() -> None:
+    assert correlation_length(make_scores(np.arange(11.0)[None], 11), np.arange(11)[None]) == 1
+    for kl in (0.0, 0.25, np.inf):
+        assert correlation_length(make_scores(np.full((4, 64), kl), 64), np.arange(256).reshape(4, 64)) == 1
+
+
+def test_positions_of_equal_divergence_do_not_depend_on_each_other() -> None:
+    """Most positions of two close backends have a KL of exactly 0."""
+    kl = independent().columns["kl"]
+    mostly_nothing = make_scores(np.where(kl < np.quantile(kl, 0.7), 0.0, kl), 512)
+    assert correlation_length(mostly_nothing, np.arange(8 * 512).reshape(8, 512)) < 10
+
+
 def test_a_smaller_share_of_the_error_makes_intervals_wider() -> None:
     scores = independent()
     whole, tenth = intervals(scores, 0.95), intervals(scores, 0.95, spend=0.1)
