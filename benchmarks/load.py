@@ -61,7 +61,8 @@ def positions(count: int, work: Path) -> None:
         columns[f"{side}_cut_mass"][:] = 0
     text = {"dataset": "a text", "windows": shape[0]}
     protocol = {**text, "window_size": SIZE, "stride": SIZE, "datasets": [text]}
-    about = {**{side: {"model": side} for side in ("reference", "candidate")}, "protocol": protocol, "versions": {}}
+    sides = {side: {"model": side, "digest": side} for side in ("reference", "candidate")}
+    about = {**sides, "protocol": protocol, "versions": {}}
     made = Scores(columns=columns, about=about)
     taken = sum(column.nbytes for column in columns.values())
     print(f"{shape[0] * SIZE:,} positions, {taken / 1e9:.2f} GB of columns\n")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import load
 from pytest_kld.kernel.divergence import divergence
 
 ORIGINAL = Path(__file__).parent.parent / "benchmarks" / "original.py"
@@ -40,3 +41,11 @@ def test_baseline_leaves_out_positions_with_nan(original: Any) -> None:
     broken = log_probs.clone()
     broken[1, 2] = torch.nan
     assert original.kl_per_position(log_probs, broken).tolist() == [0, 0]
+
+
+def test_scores_of_many_positions_go_through_every_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load.positions(4 * load.SIZE, tmp_path)
+    steps = [
+        line.split(" | ")[0].lstrip("| ") for line in capsys.readouterr().out.splitlines() if line.endswith(" GB |")
+    ]
+    assert steps == ["summary", "intervals", "verdict", "profile", "JSON report", "HTML report", "save", "load"]

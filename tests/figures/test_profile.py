@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import execnet
 import numpy as np
@@ -95,3 +96,18 @@ def test_profile_of_the_standard_protocol_is_small_and_fit_for_travelling_betwee
     sent = execnet.dumps(profile_of(scores(kl)))
     assert len(sent) < 32_000  # bytes
     assert execnet.loads(sent)["text"][0][0] == 0
+
+
+def test_gap_is_the_mean_along_the_window_of_what_is_known_on_each_side() -> None:
+    kl = np.ones((2, 100))
+    ours = np.tile(np.arange(100.0), (2, 1))
+    theirs = np.full((2, 100), np.nan)
+    theirs[1, 50:] = 7
+    table = replace(scores(kl), columns={"kl": kl, "decode_gap": ours, "reference_decode_gap": theirs})
+    gap = profile_of(table)["gap"]
+    assert gap[0][0] == 0
+    assert [row[0] for row in gap] == sorted({row[0] for row in gap})
+    for (start, candidate, reference), stop in zip(gap, [*(row[0] for row in gap[1:]), 100], strict=True):
+        assert candidate == pytest.approx(np.arange(start, stop).mean(), rel=1e-3)
+        assert reference == (7 if stop > 50 else None)
+    assert profile_of(scores(kl))["gap"] == []
