@@ -15,9 +15,11 @@ from typing import Any
 
 import atheris
 import pytest
+import torch
 from hostile import READERS
 from test_hostile import bounded, made, read_or_refused, restored, sealed, target  # noqa: F401 (fixtures)
 
+torch.set_num_threads(1)  # the fuzzer runs in a fork, which has none of its parent's threads
 SECONDS = int(os.environ.get("KLD_FUZZ_SECONDS", "60"))
 
 
