@@ -126,7 +126,9 @@ def test_other_windows_are_refused(reference_dir: Path, windows: Windows, tmp_pa
     changed[2, 5] += 1
     with pytest.raises(CaptureError, match=r"token ids differ: window 2 of .* has other ids than this session's"):
         scores_of(capture, capture, replace(windows, token_ids=changed))
-    with pytest.raises(CaptureError, match=r"token ids differ: the capture .* covers other windows"):
+    cut = "windows 3, windows_from start, window_size 64, stride 32"
+    theirs = f"dataset {windows.dataset}, {cut}, tokenizer {windows.tokenizer}"
+    with pytest.raises(CaptureError, match=rf"token ids differ: the capture .* covers other windows \({theirs}\)"):
         type(capture).open(capture.path, replace(windows, token_ids=changed))
 
 
