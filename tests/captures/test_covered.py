@@ -18,14 +18,14 @@ from pytest_kld.text.windows import Windows, join_windows
 
 @pytest.fixture
 def three_texts(windows: Windows) -> Windows:
-    """Three datasets, of one window, two windows and one window, from the end of each text."""
+    """Three datasets, of one window, two windows and one window, spread over each text."""
     whole = replace(windows, taken_from="spread", text_tokens=1000)
 
     def part(name: str, first: int, stop: int) -> Windows:
         ids, starts = whole.token_ids[first:stop], whole.starts[first:stop]
         return replace(whole, dataset=name, text_sha256=name * 64, token_ids=ids, starts=starts)
 
-    return join_windows([part("a", 2, 3), part("b", 0, 2), part("c", 1, 2)])
+    return join_windows([part("a", 2, 3), part("b", 0, 2), part("c", 2, 3)])
 
 
 def test_every_field_of_the_windows_comes_back(reference_dir: Path, three_texts: Windows, tmp_path: Path) -> None:

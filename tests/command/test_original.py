@@ -145,6 +145,7 @@ def test_an_imported_capture_has_the_same_numbers_and_the_token_ids(
     capture = Capture.open(path, originals.windows)
     capture.verify()
     assert capture.name == "a"
+    assert capture.manifest["key"]["model"].keys() == {"local", "hash", "elsewhere"}
     for window in range(3):
         ids = capture.token_ids(window)
         assert ids is not None
