@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pytest_kld.errors import CacheError, ScoresError
 from pytest_kld.figures.scores import COLUMNS, Scores, Summary
+from pytest_kld.figures.table_shape import has_shape
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -241,3 +242,32 @@ def test_a_flip_counts_only_above_even_confidence() -> None:
     scores.columns["reference_argmax"][0] = 1
     scores.columns["candidate_argmax"][0] = [2, 2, 2, 1]
     assert Summary.of(scores).flips == 0.5
+
+
+def test_each_dataset_has_its_own_protocol() -> None:
+    scores = make_scores(3)
+    parts = [{"dataset": "prose", "windows": 1}, {"dataset": "code", "windows": 2}]
+    scores.about["protocol"] = {"dataset": "prose, code", "windows": 3, "stride": 8, "datasets": parts}
+    found = {name: table.about["protocol"] for name, table in scores.by_dataset().items()}
+    assert found == {part["dataset"]: {**part, "stride": 8, "datasets": [part]} for part in parts}
+
+
+@pytest.mark.parametrize(
+    ("change", "evidence", "good"),
+    [
+        ({}, {}, True),
+        ({}, {"starts": np.zeros(3, int)}, True),
+        ({}, {"starts": np.zeros(2, int)}, False),
+        ({"decoding": {"prompt_size": 16}}, {}, True),
+        ({"decoding": {"prompt_size": -1}}, {}, False),
+        ({"decoding": ["prompt_size"]}, {}, False),
+        ({"datasets": [{"dataset": "text", "windows": 2}]}, {}, False),
+        ({"dataset": None}, {}, False),
+    ],
+)
+def test_a_table_has_the_description_that_its_readers_rely_on(
+    change: dict[str, Any], evidence: dict[str, Any], good: bool
+) -> None:
+    scores = make_scores(3)
+    scores.about["protocol"].update(change)
+    assert has_shape(scores.columns, scores.about, COLUMNS, evidence) is good

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
-from made import made_result
 
 from pytest_kld.errors import ScoresError
 from pytest_kld.figures.interval import Interval
 from pytest_kld.gate.figure import Figure, explain_comparison
 from pytest_kld.gate.limits import LIMITS, merge_bounds, parse_marker
 from pytest_kld.gate.number import shown
-from pytest_kld.gate.result import Incomplete
 from pytest_kld.gate.verdict import Check, band, judge
 
 FIGURES = {
@@ -213,23 +210,3 @@ def test_numbers_in_decimal_notation_are_taken(value: float | str) -> None:
 )
 def test_an_invalid_value_is_shown_in_at_most_40_characters(value: object, text: str) -> None:
     assert shown(value) == text
-
-
-def test_windows_of_a_result_are_counted_by_dataset() -> None:
-    parts = [{"dataset": "prose", "windows": 3}, {"dataset": "code", "windows": 5}]
-    result = replace(made_result("a"), about={"protocol": {"windows": 8, "datasets": parts}})
-    assert [result.windows_of(name) for name in ("prose", "code", None)] == [3, 5, 8]
-    assert replace(result, about=None).windows_of("prose") == 0
-
-
-@pytest.mark.parametrize(
-    ("planned", "missing", "words"),
-    [
-        (1, 1, "1 of 1 gated test was not measured"),
-        (3, 1, "1 of 3 gated tests was not measured"),
-        (3, 2, "2 of 3 gated tests were not measured"),
-    ],
-)
-def test_an_interrupted_session_says_how_many_tests_are_missing(planned: int, missing: int, words: str) -> None:
-    told = Incomplete(reason="Ctrl-C", planned=planned, not_measured=("kld::a",) * missing)
-    assert str(told) == f"the session ended early (Ctrl-C); {words}"
