@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from recorded import record
 
 from pytest_kld.captures.capture import Capture, LogitsReader
-from pytest_kld.captures.manifest import write_manifest
+from pytest_kld.captures.manifest import read_manifest, write_manifest
 from pytest_kld.errors import CaptureError
 
 if TYPE_CHECKING:
@@ -111,6 +111,15 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "key": (lambda m: m.update(key="k"), r"key: expected an object, got 'k'"),
     "model": (lambda m: m.update(model=["m"]), r"model: expected a string, got a list"),
     "checks": (lambda m: m["checks"].update(worst="0"), r"checks\.worst: expected a number, got '0'"),
+    "no routing": (lambda m: m.pop("routing"), r"routing: is missing"),
+    "no experts": (
+        lambda m: m.update(routing={"layers": [0], "experts": 4, "unobserved": None}),
+        r"files: 'experts\.safetensors' is missing",
+    ),
+    "long prompt": (
+        lambda m: m["protocol"].update(decoding={"prompt_size": 64, "concurrency": 1}),
+        r"protocol\.decoding\.prompt_size: expected less than 64, got an object",
+    ),
 }
 
 
@@ -123,6 +132,19 @@ def test_field_of_another_shape_is_an_error_that_names_it(
     write_manifest(whole.path, manifest)
     with pytest.raises(CaptureError, match=rf"capture\.json is invalid: {message}"):
         logits(whole.path, windows)
+
+
+def test_experts_that_nobody_observed_have_no_file(whole: Capture, windows: Windows) -> None:
+    routing = {"layers": [], "experts": 4, "unobserved": "no router"}
+    write_manifest(whole.path, {**whole.manifest, "routing": routing})
+    opened = Capture.open(whole.path, windows)
+    assert (opened.routing, opened.routed) == (routing, None)
+
+
+def test_manifest_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "capture.json").mkdir()
+    with pytest.raises(CaptureError, match=rf"the manifest {tmp_path / 'capture.json'} is corrupt \(IsADirectory"):
+        read_manifest(tmp_path)
 
 
 def test_manifest_that_is_nested_too_deeply_is_an_error(whole: Capture, windows: Windows) -> None:

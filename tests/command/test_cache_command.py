@@ -94,6 +94,18 @@ def test_verify_names_the_damaged_file(
     assert damaged.is_relative_to(wrong["path"])
 
 
+def test_what_is_damaged_is_listed_with_its_damage(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = {path.parent.name: path for path in cache.glob("captures/*/capture.json")}
+    damaged |= {path.stem: path for path in cache.glob("scores/*.safetensors")}
+    for path in damaged.values():
+        path.write_bytes(b"no manifest, and no tensors")
+    entries = listed(cache, capsys)
+    assert {entry["name"] for entry in entries} == damaged.keys()
+    for entry in entries:
+        assert str(damaged[entry["name"]]) in entry["damage"]
+        assert entry["bytes"] > 0
+
+
 def test_what_was_set_aside_is_listed_as_such(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (cache / "quarantine" / "some").mkdir(parents=True)
     (cache / "quarantine" / "some" / "file").write_text("x")
