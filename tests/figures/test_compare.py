@@ -198,7 +198,7 @@ for side in ("reference", "candidate"):
                    "check_logits": hidden[rows.long()] @ head.T}
         files[window_file("hidden", index)] = write_tensors(path / window_file("hidden", index), tensors)
     manifest = {"model": side, "store": "hidden", "vocab_size": vocab, "files": files, "protocol": None,
-                "transforms": {"scale": 1.0, "softcap": None},
+                "routing": None, "transforms": {"scale": 1.0, "softcap": None},
                 "window_files": [window_file("hidden", index) for index in range(count)]}
     captures.append(Capture(path=path, manifest=manifest))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
