@@ -210,3 +210,9 @@ def test_numbers_in_decimal_notation_are_taken(value: float | str) -> None:
 )
 def test_an_invalid_value_is_shown_in_at_most_40_characters(value: object, text: str) -> None:
     assert shown(value) == text
+
+
+def test_a_path_that_does_not_exist_is_refused_by_the_marker() -> None:
+    assert parse_marker((), {"path": "decode", "max_mean": 1}) == {"max_mean": 1}
+    with pytest.raises(ValueError, match="path"):
+        parse_marker((), {"path": "training"})
