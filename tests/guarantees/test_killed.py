@@ -26,6 +26,8 @@ in_process = pytest.mark.parametrize("campaign", ["transformers"], indirect=True
 
 
 DEATH = "ended with exit code 137: it was killed, as the system does when memory runs out"
+REAL_DEATH = r"ServerError: .*(ended with exit code|does not answer|answered 5\d\d)[\s\S]*\.log"
+"""What is said of a server whose worker was killed: it may end by itself, or answer with an error."""
 
 
 @served
@@ -33,13 +35,13 @@ def test_a_server_killed_at_a_random_point_of_a_capture_is_an_error_and_the_reru
     campaign: Campaign, undisturbed: Figures
 ) -> None:
     """Each try kills what the try before left; of a real server any process, and a gate may do without that one."""
-    chance = random.Random(f"server of {campaign.engine}")
+    chance, errors = random.Random(f"server of {campaign.engine}"), 0
     for _ in range(SEEDS):
         before = campaign.windows()
         process = campaign.start()
         campaign.wait_for_windows(before + chance.randrange(1, 5), process)
         time.sleep(chance.random() * 0.2)
-        killed = "nothing"
+        killed = ""
         for server in campaign.servers():
             one = chance.choice([server, *server.children(recursive=True)])
             killed = " ".join(one.cmdline()).strip()[-70:]
@@ -50,11 +52,14 @@ def test_a_server_killed_at_a_random_point_of_a_capture_is_an_error_and_the_reru
             assert campaign.result()["figures"] == undisturbed[campaign.engine]
             shutil.rmtree(campaign.cache)
             continue
+        assert killed, output
         assert (process.returncode, "1 error in" in output) == (1, True), output
         assert campaign.result()["outcome"] == "error"
-        assert DEATH in output or campaign.environment
+        assert re.search(REAL_DEATH if campaign.environment else DEATH, output), output
         campaign.require_nobody()
         campaign.require_whole()
+        errors += 1
+    assert errors or (campaign.environment and SEEDS < 3)  # its helpers may be hit twice
     campaign.completes(undisturbed[campaign.engine])
 
 
